@@ -88,15 +88,15 @@ class Digits:
         labels = torch.tensor([index % 10 for _, index in keys])
         u = torch.stack([torch.rand(60, generator=torch.Generator().manual_seed(seed_of(
             self.seed, 0 if self.fixed else epoch, index))) for epoch, index in keys])
-        angle, scale = (u[:, 0] - 0.5) * 0.7, 1.0 + 0.5 * u[:, 1]
+        angle, scale = (u[:, 0] - 0.5) * 1.0, 0.8 + 0.8 * u[:, 1]
         cos, sin = angle.cos() * scale, angle.sin() * scale
-        shift = (u[:, 2:4] - 0.5) * 0.5 * scale[:, None]
+        shift = (u[:, 2:4] - 0.5) * 0.6 * scale[:, None]
         theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
         grid = F.affine_grid(rearrange(theta, "b (i j) -> b i j", i=2),
                              (len(keys), 1, self.size, self.size), align_corners=False)
         alpha = F.grid_sample(self.glyphs[labels], grid, align_corners=False)
-        ink = rearrange(0.5 + 0.5 * u[:, 4:7], "b c -> b c 1 1")
-        ground = rearrange(0.4 * u[:, 12:60], "b (c h w) -> b c h w", c=3, h=4)
+        ink = rearrange(0.8 + 0.2 * u[:, 4:7], "b c -> b c 1 1")
+        ground = rearrange(0.15 * u[:, 12:60], "b (c h w) -> b c h w", c=3, h=4)
         ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
         return ((ground + alpha * (ink - ground)) * 255).round().byte(), labels, {}
 
@@ -445,7 +445,7 @@ def train(args):
 
     if rank == 0:
         print(f"{args.task}: {args.student} on {args.data}, {len(source)} images, "
-              + f"teacher {args.teacher} ({args.teacher_weights}), " * (teacher is not None)
+              + (f"teacher {args.teacher} ({args.teacher_weights}), " if teacher else "")
               + f"{steps} steps of {args.batch_size} = {world} processes x {share // micro} x "
               f"{micro}, lr {peak:.2e}, {device.type} {amp}, compile {compiled}", flush=True)
         if val is None:
