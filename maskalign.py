@@ -288,8 +288,8 @@ def cls_attention(x, attn):
 class Teacher(nn.Module):
     """A ViT that is frozen for good: eval even after .train(), no gradients.
 
-    network is called with images; `blocks` are its Transformer blocks, `attn` the last one's
-    attention module. Hooks on these, owned here and registered once, before any compile, collect
+    network is called with images, normalised by mean_std; `blocks` are its Transformer blocks,
+    `attn` the last one's attention module. Hooks on these, owned here and registered once, before any compile, collect
     the last `levels` blocks' outputs. Raises ValueError unless 1 <= levels <= depth.
     """
 
@@ -342,7 +342,7 @@ def load_teacher(name, weights=None, levels=5):
             load_encoder(network, fetch_weights(name, weights, HUB_WEIGHTS.get((name, weights))),
                          weights)
         return Teacher(network, network.blocks, network.blocks[-1].attn, network.image_size,
-                       network.grid, network.dim, levels, IMAGENET_MEAN_STD)
+                       network.grid, network.dim, levels, ((0, 0, 0), (1, 1, 1)))
     if name not in open_clip.list_models():
         known = [*VITS, *(m for m in open_clip.list_models() if m.startswith("ViT-"))]
         raise ValueError(f"unknown teacher {name!r}; there are {', '.join(known)}")

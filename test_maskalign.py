@@ -25,7 +25,7 @@ def small(**options):
 
 def teacher_of(network, levels=2):
     return ma.Teacher(network, network.blocks, network.blocks[-1].attn, network.image_size,
-                      network.grid, network.dim, levels, ma.IMAGENET_MEAN_STD)
+                      network.grid, network.dim, levels, ((0, 0, 0), (1, 1, 1)))
 
 
 def run(*argv, ranks=1, code=0):
@@ -147,6 +147,8 @@ def test_teacher_is_frozen_and_attention_is_the_naive_softmax(name):
     teacher(images)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
     assert not teacher._levels and not teacher._attn_input
+    if name in ma.VITS:
+        assert all(map(torch.equal, levels, teacher.network(images)[-3:]))
     assert not any(m.training for m in teacher.modules())
     attn, x = teacher.attn[0], seen[0]
     weight, bias = (attn.qkv.weight, attn.qkv.bias) if hasattr(attn, "qkv") else (
