@@ -289,8 +289,9 @@ class Teacher(nn.Module):
     """A ViT that is frozen for good: eval even after .train(), no gradients.
 
     network is called with images, normalised by mean_std; `blocks` are its Transformer blocks,
-    `attn` the last one's attention module. Hooks on these, owned here and registered once, before any compile, collect
-    the last `levels` blocks' outputs. Raises ValueError unless 1 <= levels <= depth.
+    `attn` the last one's attention module. Hooks on these, owned here and registered once, before
+    any compile, collect the last `levels` blocks' outputs. Raises ValueError unless
+    1 <= levels <= depth.
     """
 
     def __init__(self, network, blocks, attn, image_size, grid, dim, levels, mean_std):
