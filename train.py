@@ -4,22 +4,19 @@
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
     python train.py --task finetune --init out/student.pt --data /imagenet        # or --task probe
 
---data is a folder with train/ and val/ of one folder per class, any folder of images, "digits"
-(built in, made on the fly; "digits:N" for N fixed ones) or "synthetic" (noise that lies on the
-device, to time a step). A run that finds its --out/last.pt goes on from there.
+--data is a folder with train/ and val/ of one folder per class, any folder of images, or "digits"
+(rendered as needed; "digits:N" for N fixed ones). A run that finds its --out/last.pt resumes it.
 """
 import argparse
 import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import signal
 import sys
 import time
-import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -28,224 +25,169 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.transforms import v2
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
-import maskalign
-from maskalign import MaskAlign, load_encoder, load_strict, load_teacher, read_weights, vit
+from maskalign import MaskAlign, brief, load_encoder, load_teacher, read_weights, vit, whiten
 
-LOG_EVERY = 10  # optimiser steps; the only times the host waits for the GPU
+LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
-FREE = "out data workers device compile micro_batch save_every eval_every".split()  # on resuming
 COMMON = dict(data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0,
               micro_batch=256, save_every=1000, workers=None, amp=None, compile=None, device=None)
-PRETRAIN = dict(teacher="ViT-B-16-quickgelu", teacher_weights=None, levels=5, mask="attentive",
-                mask_ratio=0.7, layer_decay=1.0)
-RECIPES = {  # each default stands here, once: paper.md's recipes for ViT-B, then the digits'
-    "pretrain": {**COMMON, **PRETRAIN, **dict(
+PRETRAIN = dict(teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5,
+                mask="attentive", mask_ratio=0.7)
+RECIPES = {  # each default stands here, once: paper.md's for ViT-B on ImageNet, then the digits'
+    "pretrain": COMMON | PRETRAIN | dict(
         epochs=200.0, batch_size=1024, blr=1.5e-4, min_lr=1e-5, warmup_epochs=20.0,
-        weight_decay=0.05, drop_path=0.1, eval_every=20)},
-    "finetune": {**COMMON, **dict(
+        weight_decay=0.05, drop_path=0.1, layer_decay=1.0, eval_every=20.0),
+    "finetune": COMMON | dict(
         epochs=100.0, batch_size=1024, blr=3e-4, min_lr=1e-6, warmup_epochs=5.0,
-        weight_decay=0.05, drop_path=0.2, layer_decay=0.55, eval_every=1)},
-    "probe": {**COMMON, **dict(
-        epochs=90.0, batch_size=4096, blr=0.1, min_lr=0.0, warmup_epochs=10.0,
-        weight_decay=0.0, drop_path=0.0, layer_decay=1.0, eval_every=1)},
-}
-DIGITS = {"student": "vit_digits_patch4_32", "teacher": "vit_digits_patch4_32", "levels": 3,
-          "batch_size": 64, "epochs": 1.0, "warmup_epochs": 0.1, "drop_path": 0.0, "eval_every": 1,
-          "layer_decay": 1.0}
-DIGITS_LR = {"pretrain": 8e-3, "finetune": 8e-3, "probe": 0.4}
+        weight_decay=0.05, drop_path=0.2, layer_decay=0.55, eval_every=1.0),
+    "probe": COMMON | dict(
+        epochs=90.0, batch_size=16384, blr=0.025, min_lr=0.0, warmup_epochs=10.0,
+        weight_decay=0.0, drop_path=0.0, layer_decay=1.0, eval_every=1.0)}
+DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3,
+              teacher_weights=None, epochs=1.0, batch_size=64, warmup_epochs=0.1, drop_path=0.0,
+              layer_decay=1.0, eval_every=1.0)
+DIGITS_BLR = dict(pretrain=8e-3, finetune=8e-3, probe=0.4)
+FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
 
-
-# --- Data: images depend on (seed, epoch, index) alone ------------------------------------------
+# --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
 
 def seed_of(*key):
     """Any key -> a 63-bit seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
-
 class Digits:
-    """Ten classes of rendered digits. Keys (epoch, index) -> images uint8 [b,3,32,32], labels [b],
-    a dict of unreadable files. With `fixed`, all epochs hold the same images."""
-    classes, size = list("0123456789"), 32
-
-    def __init__(self, count, seed, fixed):
-        self.count, self.seed, self.fixed = count, seed, fixed
-        font = ImageFont.load_default(28)
-        glyphs = [Image.new("L", (self.size, self.size)) for _ in self.classes]
-        for digit, glyph in zip(self.classes, glyphs):
-            ImageDraw.Draw(glyph).text((16, 16), digit, fill=255, font=font, anchor="mm")
-        self.glyphs = torch.stack([v2.functional.pil_to_tensor(glyph) / 255 for glyph in glyphs])
-
-    def __len__(self):
-        return self.count
-
-    def name(self, index):
-        return f"digit {index}"
+    """Ten classes of rendered digits of a size (height, width); `fixed`: the same in all epochs.
+    Like every source it takes keys (epoch, index) -> images uint8 [b,3,H,W], labels [b] and the
+    files {name: reason} that could not be read and were replaced."""
+    def __init__(self, count, size, seed, fixed):
+        self.names, self.classes = range(count), list("0123456789")
+        self.size, self.seed, self.fixed = size, seed, fixed
+        font, self.glyphs = ImageFont.load_default(size[0] * 7 / 8), torch.empty(10, 1, *size)
+        for digit in range(10):
+            glyph = Image.new("L", size[::-1])
+            ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), str(digit), 255, font, "mm")
+            self.glyphs[digit] = v2.functional.pil_to_tensor(glyph) / 255
 
     def __getitems__(self, keys):
         labels = torch.tensor([index % 10 for _, index in keys])
-        u = torch.stack([torch.rand(60, generator=torch.Generator().manual_seed(seed_of(
+        u = torch.stack([torch.rand(55, generator=torch.Generator().manual_seed(seed_of(
             self.seed, 0 if self.fixed else epoch, index))) for epoch, index in keys])
-        angle, scale = (u[:, 0] - 0.5) * 1.0, 0.8 + 0.8 * u[:, 1]
+        angle, scale = u[:, 0] - 0.5, 0.8 + 0.8 * u[:, 1]
+        x, y = ((u[:, 2:4] - 0.5) * 0.6 * scale[:, None]).unbind(1)
         cos, sin = angle.cos() * scale, angle.sin() * scale
-        shift = (u[:, 2:4] - 0.5) * 0.6 * scale[:, None]
-        theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
-        grid = F.affine_grid(rearrange(theta, "b (i j) -> b i j", i=2),
-                             (len(keys), 1, self.size, self.size), align_corners=False)
+        theta = rearrange([cos, -sin, x, sin, cos, y], "(i j) b -> b i j", i=2)
+        grid = F.affine_grid(theta, [len(u), 1, *self.size], align_corners=False)
         alpha = F.grid_sample(self.glyphs[labels], grid, align_corners=False)
         ink = rearrange(0.8 + 0.2 * u[:, 4:7], "b c -> b c 1 1")
-        ground = rearrange(0.15 * u[:, 12:60], "b (c h w) -> b c h w", c=3, h=4)
+        ground = rearrange(0.15 * u[:, 7:55], "b (c h w) -> b c h w", c=3, h=4)
         ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
         return ((ground + alpha * (ink - ground)) * 255).round().byte(), labels, {}
 
-
 class Folder:
-    """Images below a folder. Keys (epoch, index) -> images uint8 [b,3,H,W], labels [b], a dict
-    {name: reason} of files that could not be read and were replaced by their successors.
-
-    augment: None (resize and centre crop), "crop" (random resized crop and flip) or "full" (that,
-    RandAugment and random erasing).
-    """
-
-    def __init__(self, files, labels, classes, size, seed, scale=(0.08, 1.0), augment=None):
-        self.files, self.labels, self.classes = files, labels, classes
-        self.size, self.seed, self.scale, self.augment = size, seed, scale, augment
-        self.finish = v2.Compose([v2.RandAugment(2, 9), v2.RandomErasing(0.25)])
-
-    def __len__(self):
-        return len(self.files)
-
-    def name(self, index):
-        return self.files[index]
+    """Images of (file, label) pairs; `area`, (least, most) share of a random resized crop, flips
+    and crops, and RandAugment and erasing come with `augment`; None crops the centre."""
+    def __init__(self, files, classes, size, seed, area=None, augment=False):
+        self.names, self.labels = zip(*files)
+        self.classes, self.size, self.seed, self.area = classes, size, seed, area
+        self.augment = v2.Compose([v2.RandAugment(2, 9), v2.RandomErasing(0.25)] * augment or [
+            nn.Identity()])
 
     def __getitems__(self, keys):
         images, labels, bad = [], [], {}
         for epoch, index in keys:
-            torch.random.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            for index in range(index, index + 100):
-                index %= len(self.files)
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            while len(images) == len(labels):
                 try:
-                    images.append(self.load(self.files[index]))
-                    labels.append(self.labels[index])
-                    break
+                    images.append(self.load(self.names[index]))
                 except Exception as error:  # a bad file can raise nearly anything
-                    bad[self.files[index]] = f"{type(error).__name__}: {error}"
-            else:
-                raise ValueError(f"100 files in a row are unreadable, such as {list(bad)[:3]}")
+                    bad[self.names[index]] = brief(error)
+                    index = (index + 1) % len(self.names)  # its neighbour stands in
+                if len(bad) > max(10, len(self.names) // 100):
+                    raise ValueError(f"{len(bad)} files are unreadable: {list(bad.items())[:3]}")
+            labels.append(self.labels[index])
         return torch.stack(images), torch.tensor(labels), bad
 
-    def load(self, path):
-        with Image.open(path) as image:
+    def load(self, name):
+        """A file -> uint8 [3,H,W], cropped and resized by Pillow in one call."""
+        height, width = self.size
+        with Image.open(name) as image:
             image = as_seen(image)
-            height, width = self.size
-            if self.augment is None:
-                zoom = 256 / 224 * max(height / image.height, width / image.width)
-                w, h = width / zoom, height / zoom
-                x, y = (image.width - w) / 2, (image.height - h) / 2
-            else:
-                y, x, h, w = random_box(image, self.scale)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, (x, y, x + w, y + h))
-            image = v2.functional.pil_to_tensor(image)
-        if self.augment and torch.rand(()) < 0.5:
-            image = image.flip(-1)
-        return self.finish(image) if self.augment == "full" else image
-
-
-def random_box(image, scale):
-    """The box (top, left, height, width) of a random resized crop."""
-    from torchvision.transforms import RandomResizedCrop
-    return RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-
+        w, h = image.size
+        zoom = 224 / 256 * min(w / width, h / height)
+        top, left, h, w = RandomResizedCrop.get_params(
+            torch.empty(3, h, w, device="meta"), self.area, (3 / 4, 4 / 3)) if self.area else (
+            (h - height * zoom) / 2, (w - width * zoom) / 2, height * zoom, width * zoom)
+        image = v2.functional.pil_to_tensor(image.resize(
+            (width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h)))
+        return self.augment(image.flip(-1) if self.area and torch.rand(()) < 0.5 else image)
 
 def as_seen(image):
     """A Pillow image as RGB, as a person sees it: upright, on white, 16-bit grey scaled down."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = image.point(lambda v: v / 256).convert("L")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+def scan(root, labelled):
+    """A folder -> its (file, label) pairs, sorted, and the classes, one for each folder in it."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if labelled else []
+    # a class named "" is the folder itself with all that lies below it
+    numbers = {name: number for number, name in enumerate(classes or [""])}
+    return make_dataset(root, numbers, IMG_EXTENSIONS + (".gif",)), classes
 
-def scan(folder):
-    """A folder -> (files, labels, classes): one class a folder, or labels None if there is none."""
-    endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-    files = sorted(str(path) for path in Path(folder).rglob("*")
-                   if path.suffix.lower() in endings and not path.is_dir())
-    if not files:
-        raise ValueError(f"--data: no image in {folder}")
-    parts = [Path(file).relative_to(folder).parts for file in files]
-    if any(len(part) < 2 for part in parts):
-        return files, [-1] * len(files), None
-    classes = sorted({part[0] for part in parts})
-    numbers = {name: number for number, name in enumerate(classes)}
-    return files, [numbers[part[0]] for part in parts], classes
-
-
-def load_data(args, size):
-    """--data -> (training source, the same without augmentation, labelled val source or None)."""
-    if args.data.startswith("digits"):
-        count = int(args.data.partition(":")[2] or 0)
-        train = Digits(count or 76800, seed_of(args.seed, "train"), fixed=bool(count))
-        return train, Digits(2000, seed_of(args.seed, "bank"), True), Digits(1000, -1, True)
-    root = Path(args.data)
-    if not root.is_dir():
-        raise ValueError(f"--data: {args.data} is no folder")
+def open_data(args, size):
+    """--data -> training source, the same without augmentation, labelled val source or None."""
+    kind, _, count = args.data.partition(":")
+    if kind == "digits":
+        train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
+        bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
+        return train, bank, Digits(1000, size, -1, True)
+    root, val = Path(args.data), None
     labelled = (root / "train").is_dir()
-    files = scan(root / "train" if labelled else root)
-    augment, scale = ("full" if args.task == "finetune" else "crop"), (0.08, 1.0)
-    scale = (0.2, 1.0) if args.task == "pretrain" else scale
-    train = Folder(*files, size, args.seed, scale, augment)
-    val = None
-    if (root / "val").is_dir() and train.classes:
-        val = Folder(*scan(root / "val"), size, args.seed)
-        if odd := sorted(set(val.classes or ["(none)"]) - set(train.classes)):
-            raise ValueError(f"--data: val has classes that train lacks: {', '.join(odd[:3])}")
-        val.labels = [train.classes.index(val.classes[label]) for label in val.labels]
-    return train, Folder(*files, size, args.seed), val
-
+    files, classes = scan(root / "train" if labelled else root, labelled)
+    if classes and (root / "val").is_dir():
+        pairs, known = scan(root / "val", True)
+        if odd := set(known) - set(classes):
+            raise ValueError(f"--data: {root}/val has classes that train lacks: {sorted(odd)[:3]}")
+        val = Folder([(file, classes.index(known[label])) for file, label in pairs], classes, size, 0)
+    bank, area = Folder(files, classes, size, 0), (0.2 if args.task == "pretrain" else 0.08, 1.0)
+    bank.__getitems__([(0, 0)])  # a folder of unreadable images is an error now, not in an hour
+    return Folder(files, classes, size, args.seed, area, args.task == "finetune"), bank, val
 
 @functools.lru_cache(maxsize=2)
 def permutation(count, seed, epoch):
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     return torch.randperm(count, generator=generator).tolist()
 
-
 def sample_keys(count, seed, positions):
     """Positions in the run's endless stream of samples -> keys (epoch, index): every epoch is a
     permutation, and batches run across its end."""
     return [(p // count, permutation(count, seed, p // count)[p % count]) for p in positions]
 
-
-def identity(batch):
-    return batch
-
-
 def loader(source, batches, args, device):
     return torch.utils.data.DataLoader(
-        source, batch_sampler=batches, collate_fn=identity, num_workers=args.workers,
+        source, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
         pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
-
 
 # --- What is trained ----------------------------------------------------------------------------
 
 class Classifier(nn.Module):
     """Encoder, mean of the patch tokens, LayerNorm and linear head; for a probe the encoder is
-    frozen and the norm is a BatchNorm without affine. Images [B,3,H,W] -> logits [B,classes]."""
-
+    frozen and the norm a BatchNorm without affine. Images [B,3,H,W] -> logits [B,classes]."""
     def __init__(self, student, classes, probe):
         super().__init__()
         self.student, self.probe = student.requires_grad_(not probe), probe
         student.norm.requires_grad_(False)
-        norm = nn.BatchNorm1d if probe else nn.LayerNorm
-        options = dict(affine=False) if probe else {}
-        self.head = nn.Sequential(norm(student.dim, eps=1e-6, **options),
-                                  nn.Linear(student.dim, classes))
-        nn.init.normal_(self.head[1].weight, std=0.01)
-        nn.init.zeros_(self.head[1].bias)
+        norm = nn.BatchNorm1d(student.dim, affine=False) if probe else nn.LayerNorm(student.dim)
+        self.align = nn.Sequential(norm, nn.Linear(student.dim, classes))
+        nn.init.normal_(self.align[1].weight, std=0.01)
 
     def train(self, mode=True):
         super().train(mode)
@@ -253,27 +195,20 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images, noise=None):
-        return self.head(self.student(images, noise=noise)[-1][:, 1:].mean(dim=1))
-
+        return self.align(self.student(images, noise=noise)[-1][:, 1:].mean(dim=1))
 
 def param_groups(model, weight_decay, layer_decay=1.0):
     """Trainable parameters in groups by learning-rate scale and weight decay. None for 1-D
-    parameters and W; layer l of S is scaled by layer_decay^(S+1−l), the head by 1."""
+    parameters and W; layer l of S is scaled by layer_decay^(S+1−l), all beside the encoder by 1."""
     depth, groups = len(model.student.blocks), {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = depth + 1
-        if name.startswith("student.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith("student."):
-            layer = 0
-        decays = parameter.ndim > 1 and name != "align.matrix"
-        key = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
-        groups.setdefault(key, []).append(parameter)
+        part, inner, number = f"{name}..".split(".")[:3]
+        layer = depth + 1 if part != "student" else int(number) + 1 if inner == "blocks" else 0
+        decay = weight_decay if parameter.ndim > 1 and name != "align.matrix" else 0.0
+        if parameter.requires_grad:
+            groups.setdefault((layer_decay ** (depth + 1 - layer), decay), []).append(parameter)
     return [dict(params=params, scale=scale, weight_decay=decay)
             for (scale, decay), params in groups.items()]
-
 
 def learning_rate(step, steps, warmup, peak, floor):
     """Linear warm-up to peak over `warmup` steps, then a cosine that ends at floor."""
@@ -282,27 +217,23 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step + 1 - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-
 # --- Evaluation ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def outputs(function, source, args, device):
-    """function(images) for every image of a source, each once at any world size -> ([n,C] in
-    order, labels [n]), on every rank."""
+    """function(images) [b,C] and labels of every image of a source, each once at any world size ->
+    ([n,C], [n]) on every rank."""
     rank, world = place()
-    share = range(rank, len(source), world)
+    share = range(rank, len(source.names), world)
     batches = [[(0, i) for i in share[at:at + 256]] for at in range(0, len(share), 256)]
-    rows = [function(images.to(device)).float() for images, _, _ in loader(source, batches, args,
-                                                                           device)]
-    rows = torch.cat(rows)
+    rows = torch.cat([torch.cat([function(images.to(device)).float(), labels.to(device)[:, None]], 1)
+                      for images, labels, _ in loader(source, batches, args, device)])
     if world > 1:
-        rows = F.pad(rows, (0, 0, 0, math.ceil(len(source) / world) - len(rows)))
+        rows = F.pad(rows, (0, 0, 0, math.ceil(len(source.names) / world) - len(rows)))
         parts = [torch.empty_like(rows) for _ in range(world)]
         dist.all_gather(parts, rows)
-        rows = rearrange(torch.stack(parts), "rank i c -> (i rank) c")[:len(source)]
-    labels = [i % 10 for i in range(len(source))] if isinstance(source, Digits) else source.labels
-    return rows, torch.tensor(labels, device=device)
-
+        rows = rearrange(parts, "rank i c -> (i rank) c")[:len(source.names)]
+    return rows[:, :-1], rows[:, -1].long()
 
 def knn(encoder, bank, val, args, device):
     """k-NN accuracy in percent of an encoder (or a Teacher) on val, by its neighbours in bank:
@@ -310,314 +241,265 @@ def knn(encoder, bank, val, args, device):
     def feature(images):
         levels = encoder(images)
         levels = levels[0] if isinstance(levels, tuple) else levels
-        return F.normalize(maskalign.whiten(levels[-1][:, 1:].mean(dim=1)), dim=1)
-    training = encoder.training
-    encoder.eval()
+        return F.normalize(whiten(levels[-1][:, 1:].mean(dim=1)), dim=1)
     (keys, classes), (queries, truth) = (outputs(feature, s, args, device) for s in (bank, val))
-    encoder.train(training)
     right = 0
     for query, label in zip(queries.split(256), truth.split(256)):
         cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)), dim=1)
-        votes = torch.zeros(len(query), int(classes.max()) + 1, device=device)
+        votes = torch.zeros(len(query), len(val.classes), device=device)
         votes.scatter_add_(1, classes[index], (cosine / KNN["temperature"]).exp())
         right += (votes.argmax(dim=1) == label).sum().item()
     return 100 * right / len(truth)
 
-
 def evaluate(model, bank, val, args, device):
-    """-> dict of results in percent: knn for pre-training, else top1 and top5."""
-    if args.task == "pretrain":
-        return dict(knn=knn(model.student, bank, val, args, device))
+    """-> results in percent: knn for pre-training, else top1 and top5."""
     model.eval()
-    logits, truth = outputs(model, val, args, device)
+    if args.task == "pretrain":
+        results = dict(knn=knn(model.student, bank, val, args, device))
+    else:
+        logits, truth = outputs(model, val, args, device)
+        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]).float()
+        results = dict(top1=100 * hits[:, 0].mean().item(), top5=100 * hits.sum(1).mean().item())
     model.train()
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]
-    return dict(top1=100 * hits[:, 0].float().mean().item(),
-                top5=100 * hits.any(dim=1).float().mean().item())
+    return results
 
-
-# --- Processes and files ------------------------------------------------------------------------
+# --- The one loop -------------------------------------------------------------------------------
 
 def place():
     """-> (rank, world size)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-
-def write(path, data):
-    """Bytes to a file, whole or not at all."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def pack(state):
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
-def open_checkpoint(path):
-    """last.pt -> its contents, each byte checked. Raises ValueError on a damaged file."""
+def write(path, dump):
+    """dump(file) to a file, whole or not at all."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()
-    except Exception as error:
-        damaged = error
-    if damaged:
-        raise ValueError(f"{path} is damaged ({damaged}); restore it from a copy, or start anew "
-                         "with another --out")
-    return read_weights(path)
+        with open(f"{path}.part", "wb") as file:
+            dump(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
+        raise OSError(f"{path} could not be written, and is as it was: {brief(error)}") from error
 
+def build(args, device, dtype):
+    """-> (model, teacher or None, (training, bank, val) sources)."""
+    torch.manual_seed(args.seed)
+    student, teacher = vit(args.student, drop_path=args.drop_path), None
+    sources = open_data(args, student.image_size)
+    if args.init:
+        aside = sorted({key.split(".")[0] for key in load_encoder(student, args.init)})
+        print(f"{args.init}: the encoder is loaded; left aside: {', '.join(aside) or 'nothing'}")
+    if args.task == "pretrain":
+        weights = None if args.teacher_weights == "random" else args.teacher_weights
+        teacher = load_teacher(args.teacher, weights, args.levels).to(device, dtype)
+        model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
+    elif not sources[0].classes:
+        raise ValueError(f"--task {args.task} needs labels: a folder for each class in train/")
+    else:
+        model = Classifier(student, len(sources[0].classes), args.task == "probe")
+    return model.to(device).train(), teacher, sources
 
-# --- The one loop -------------------------------------------------------------------------------
+def restore(out, model, others, settings):
+    """Take up out/last.pt and cut the log to it -> (step, records). Raises on other settings."""
+    if not (out / "last.pt").exists():
+        if (out / "log.jsonl").exists():
+            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+        return 0, []
+    last = read_weights(out / "last.pt")
+    odd = [f"{key} {last['arguments'].get(key)} -> {value}" for key, value in settings.items()
+           if last["arguments"].get(key) != value]
+    if odd:
+        raise ValueError(f"{out}/last.pt is of a run with other arguments: {', '.join(odd)}; repeat "
+                         "these, or choose another --out")
+    for name, part in dict(student=model.student, align=model.align, **others).items():
+        part.load_state_dict(last[name])
+    lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
+    log = [json.loads(line) for line in lines if line.endswith("\n")]
+    return last["step"], [record for record in log if record["step"] <= last["step"]]
 
 def train(args):
-    """Run one task; returns (model, teacher or None, results)."""
-    rank, world = place()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    """Run one task -> (model, teacher, sources, last record of the log)."""
+    (rank, world), out = place(), Path(args.out)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-    if device.type == "cuda":
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
-    amp = args.amp or ("off" if device.type != "cuda" else
-                       "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "off"
+    amp = args.amp or best
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world} processes")
     share = args.batch_size // world
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
-    torch.manual_seed(args.seed)
-    student = vit(args.student, drop_path=args.drop_path)
-    source, bank, val = load_data(args, student.image_size)
-    if args.init:
-        aside = load_encoder(student, read_weights(args.init), args.init)
-    teacher = None
-    if args.task == "pretrain":
-        teacher = load_teacher(args.teacher, args.teacher_weights, args.levels).to(device, dtype)
-        model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
-        rest = model.align
-    else:
-        if not source.classes:
-            raise ValueError(f"--task {args.task} needs labels: a folder for each class in train/")
-        model = Classifier(student, len(source.classes), args.task == "probe")
-        rest = model.head
-    model.to(device).train()
-    peak = args.blr * args.batch_size / 256
+    model, teacher, (data, bank, val) = build(args, device, dtype)
+    count, parts = len(data.names), share // micro
+    epoch, peak = count / args.batch_size, args.blr * args.batch_size / 256  # an epoch's steps
+    steps, warmup = max(1, int(args.epochs * epoch)), int(args.warmup_epochs * epoch)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimiser = torch.optim.SGD(groups, lr=peak, momentum=0.9, fused=True) if args.task == "probe" \
-        else torch.optim.AdamW(groups, lr=peak, fused=True,
-                               betas=(0.9, 0.95 if args.task == "pretrain" else 0.999))
-    # a scale of 1 but for fp16: what stays is that a step with a non-finite gradient is skipped
-    scaler = torch.amp.GradScaler(device.type, init_scale=65536.0 if amp == "fp16" else 1.0,
-                                  growth_interval=2000 if amp == "fp16" else 2**31 - 1)
-    steps = max(1, int(args.epochs * len(source) / args.batch_size))
-    warmup = int(args.warmup_epochs * len(source) / args.batch_size)
-
-    out, start, results, meter = Path(args.out), 0, {}, torch.zeros(2, device=device)
+    betas = (0.9, 0.95 if teacher else 0.999)
+    optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
+        torch.optim.AdamW(groups, betas=betas, fused=True))
+    # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
+    scale = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
+    scaler = torch.amp.GradScaler(device.type, scale[0], growth_interval=scale[1])
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings["images"] = len(source)
-    if (out / "last.pt").exists():
-        state = open_checkpoint(out / "last.pt")
-        odd = [f"{key} {state['arguments'].get(key)} -> {value}" for key, value in settings.items()
-               if state["arguments"].get(key) != value]
-        if odd:
-            raise ValueError(f"{out}/last.pt is of a run with other arguments: {', '.join(odd)}; "
-                             "repeat these, or choose another --out")
-        load_strict(student, state["student"], out / "last.pt")
-        load_strict(rest, state["rest"], out / "last.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
-        start, results, meter = state["step"], state["results"], state["meter"].to(device)
-    elif (out / "log.jsonl").exists():
-        raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+    settings["images"], others = count, dict(optimiser=optimiser, scaler=scaler)
+    done, log = restore(out, model, others, settings)
 
-    def save(step):
-        if rank == 0:
-            state = dict(student=student.state_dict(), rest=rest.state_dict(), step=step,
-                         optimiser=optimiser.state_dict(), scaler=scaler.state_dict(),
-                         arguments=settings, results=results, meter=meter)
-            write(out / "student.pt", pack(student.state_dict()))
-            write(out / "last.pt", pack(state))
+    def save():
+        state = dict(student=model.student.state_dict(), align=model.align.state_dict(), step=done,
+                     arguments=settings, **{key: x.state_dict() for key, x in others.items()})
+        write(out / "student.pt", lambda file: torch.save(state["student"], file))
+        write(out / "last.pt", lambda file: torch.save(state, file))
 
     if rank == 0:
-        print(f"{args.task}: {args.student} on {args.data}, {len(source)} images, "
-              + (f"teacher {args.teacher} ({args.teacher_weights}), " if teacher else "")
-              + f"{steps} steps of {args.batch_size} = {world} processes x {share // micro} x "
-              f"{micro}, lr {peak:.2e}, {device.type} {amp}, compile {compiled}", flush=True)
-        if val is None:
-            print("no labelled val: evaluation is skipped")
+        print(f"{args.task}: {args.student}, teacher {args.teacher} {args.teacher_weights}; "
+              f"{count} images of {args.data}; {steps} steps, from {done}, of {args.batch_size} "
+              f"images = {world} processes x {parts} x {micro}; lr {peak:.2e}; {device}, amp {amp}"
+              f"{'' if val else '; no labelled val, so nothing is evaluated'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "log.jsonl").read_text().splitlines(True) if start else []
-        lines = [line for line in lines if line.endswith("\n")
-                 and json.loads(line)["step"] <= start]
-        if start == 0:
-            save(0)
-        write(out / "log.jsonl", "".join(lines).encode())
-    if start >= steps:
+        if not done:
+            save()
+        lines = "".join(json.dumps(record) + "\n" for record in log)
+        write(out / "log.jsonl", lambda file: file.write(lines.encode()))
+    if done >= steps:
         print(f"{out} holds a finished run of {steps} steps")
-        return model, teacher, results
+        return model, teacher, (data, bank, val), log[-1]
 
-    run, observe = model, teacher
-    if compiled:
-        run = torch.compile(run)
-        observe = teacher and torch.compile(teacher)
+    wrap = torch.compile if (cuda if args.compile is None else args.compile) else lambda module: module
+    run, observe = wrap(model), teacher and wrap(teacher)
     if world > 1:
-        run = nn.parallel.DistributedDataParallel(run, gradient_as_bucket_view=True)
-    autocast = torch.autocast(device.type, dtype, enabled=amp != "off")
-    generator = torch.Generator(device)
-    columns = 2 * len(student.blocks) + (math.prod(student.grid) if teacher else 0)
-    batches = (sample_keys(len(source), args.seed, range(at, at + micro))
-               for step in range(start, steps)
-               for at in range(step * args.batch_size + rank * share,
-                               step * args.batch_size + (rank + 1) * share, micro))
-    stream = iter(loader(source, batches, args, device))
-    stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    health, waited, since = torch.ones((), device=device), 0.0, time.perf_counter()
-    bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True, unit="step")
-    for step in range(start, steps):
-        lr = learning_rate(step, steps, warmup, peak, args.min_lr)
+        run = nn.parallel.DistributedDataParallel(run)
+    firsts = (step * args.batch_size + rank * share + at for step in range(done, steps)
+              for at in range(0, share, micro))
+    batches = (sample_keys(count, args.seed, range(first, first + micro)) for first in firsts)
+    stream, named = iter(loader(data, batches, args, device)), set()
+    columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
+    health, meter = torch.ones((), device=device), torch.zeros((), device=device)
+    logged, waited, since = done, 0.0, time.perf_counter()
+    bar = tqdm(total=steps, initial=done, mininterval=0.5 if sys.stderr.isatty() else 30,
+               disable=rank > 0)
+    while done < steps:
+        lr = learning_rate(done, steps, warmup, peak, args.min_lr)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["scale"]
-        noise = torch.rand(args.batch_size, columns, device=device,
-                           generator=generator.manual_seed(seed_of(args.seed, "step", step)))
-        noise = noise[rank * share:(rank + 1) * share]
+        generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", done))
+        noise = torch.rand(args.batch_size, columns, generator=generator, device=device)
         total = torch.zeros((), device=device)
-        for part in range(share // micro):
+        for part, piece in enumerate(noise[rank * share:][:share].split(micro)):
             asked = time.perf_counter()
             images, labels, bad = next(stream)
             waited += time.perf_counter() - asked
-            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-            last = part == share // micro - 1
-            with contextlib.nullcontext() if last or world == 1 else run.no_sync(), autocast:
-                piece = noise[part * micro:(part + 1) * micro]
-                if teacher:
-                    with torch.autocast(device.type, enabled=False):
-                        levels, attention = observe(images)
-                    loss = run(images, levels, attention, noise=piece)
-                else:
-                    loss = F.cross_entropy(run(images, piece).float(), labels, label_smoothing=0.1)
-            scaler.scale(loss * health / (share // micro)).backward()
-            total += loss.detach() / (share // micro)
+            for name in bad.keys() - named:
+                print(f"unreadable, its neighbour stands in: {name} ({bad[name]})", file=sys.stderr)
+            named |= bad.keys()
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            alone = world == 1 or part == parts - 1
+            levels_attention = observe(images) if teacher else ()
+            with contextlib.nullcontext() if alone else run.no_sync():
+                with torch.autocast(device.type, dtype, enabled=amp != "off"):
+                    loss = run(images, *levels_attention, noise=piece)
+                if not teacher:
+                    smoothing = 0.1 if args.task == "finetune" else 0.0
+                    loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
+                # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
+                scaler.scale(loss / parts * (health + 0 * loss.detach())).backward()
+            total += loss.detach() / parts / world
+        if world > 1:
+            dist.all_reduce(total)
         scaler.unscale_(optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        # once NaN, health makes every later gradient NaN, on all ranks, and no step is taken
-        sound = (total if amp == "fp16" else total + norm).isfinite()
-        health = torch.where(sound, health, math.nan)
-        scaler.step(optimiser)
+        scaler.step(optimiser)  # takes none if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        meter += torch.stack([total, torch.ones_like(total)])
-        done = step + 1
-        if done % LOG_EVERY == 0 or done == steps:
-            mean = meter[0] / meter[1]
-            if world > 1:
-                dist.all_reduce(mean)
-            now = time.perf_counter()
-            taken = now - since
-            if not math.isfinite(mean.item()):
-                raise FloatingPointError(
-                    f"non-finite loss or gradient by step {done}, rank {rank}, lr {lr:.3g}; "
-                    f"{out}/last.pt is from before it")
-            record = dict(step=done, epoch=done * args.batch_size / len(source),
-                          loss=mean.item() / world, lr=lr, grad_norm=norm.item(),
-                          images_per_s=meter[1].item() * args.batch_size / taken,
-                          data_wait=waited / taken)
-            meter.zero_()
-            crossed = int(record["epoch"] // args.eval_every) > int(
-                (done - LOG_EVERY) * args.batch_size / len(source) // args.eval_every)
-            if val is not None and (crossed or done == steps):
-                results = evaluate(model, bank, val, args, device)
-                record.update(results)
+        sound = (total if amp == "fp16" else total + norm).isfinite()
+        # once NaN, health makes all later gradients NaN: no step is taken until the host looks
+        health = torch.where(sound, health, math.nan)
+        meter += total * health
+        done += 1
+        saves = done % args.save_every == 0 or done == steps
+        if saves or done % LOG_EVERY == 0:
+            taken, fresh = time.perf_counter() - since, done - logged
+            if not math.isfinite(loss := meter.item() / fresh):
+                raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to {done}, "
+                                         f"lr {lr:.3g}; {out}/last.pt is of before them")
+            record = dict(step=done, epoch=done / epoch, loss=loss, lr=lr, grad_norm=norm.item(),
+                          images_per_s=fresh * args.batch_size / taken, data_wait=waited / taken,
+                          unreadable=len(named))
+            if val and (done // (args.eval_every * epoch) > logged // (args.eval_every * epoch)
+                        or done == steps):
+                record |= evaluate(model, bank, val, args, device)
+            log.append(record)
+            bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in record.items()), False)
+            bar.update(fresh)
             if rank == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-                bar.update(min(LOG_EVERY, done - start))
-                line = " ".join(f"{key} {value:.4g}" for key, value in record.items())
-                bar.set_postfix_str(line)
-                if bar.disable and (done % (LOG_EVERY * max(1, steps // 100)) == 0
-                                    or done == steps):
-                    print(line, flush=True)
-            waited, since = 0.0, time.perf_counter()
-        if done % args.save_every == 0 or done == steps or stop:
-            save(done)
-        if stop:
-            raise SystemExit(143)
+            if rank == 0 and saves:
+                save()
+            logged, waited, since = done, 0.0, time.perf_counter()
+            meter.zero_()
     bar.close()
-    signal.signal(signal.SIGTERM, previous)
-    return model, teacher, results
+    return model, teacher, (data, bank, val), log[-1]
 
+# --- The command line ---------------------------------------------------------------------------
 
 def demo(args):
     """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
     out = Path(args.out)
-    teach = parse(["--task", "finetune", "--out", str(out / "teacher"), "--seed", str(args.seed)])
-    train(teach)
-    args.teacher_weights, args.out = str(out / "teacher" / "student.pt"), str(out / "student")
-    model, teacher, results = train(args)
-    device = next(model.parameters()).device
-    _, bank, val = load_data(args, model.student.image_size)
+    train(parse(["--task", "finetune", "--out", f"{out}/teacher", "--seed", str(args.seed)]))
+    args.teacher_weights, args.out = f"{out}/teacher/student.pt", f"{out}/student"
+    model, teacher, (_, bank, val), record = train(args)
+    device = model.align.matrix.device
     torch.manual_seed(args.seed)
-    untrained = vit(args.student).to(device)
-    rows = [knn(network, bank, val, args, device) for network in (untrained, teacher)]
-    print(f"k-NN (k {KNN['k']}, temperature {KNN['temperature']}, mean patch token): "
-          f"untrained student {rows[0]:.1f} %, trained student {results['knn']:.1f} %, "
-          f"teacher {rows[1]:.1f} %")
+    networks = vit(args.student).to(device).eval(), teacher
+    untrained, taught = (knn(network, bank, val, args, device) for network in networks)
+    print(f"k-NN (k {KNN['k']}, temperature {KNN['temperature']}, mean patch token): untrained "
+          f"student {untrained:.1f} %, trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
+def refuse(message):
+    raise ValueError(message)
 
 def parse(argv):
+    """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("--task", choices=RECIPES, default="pretrain")
-    for key in dict.fromkeys(key for recipe in RECIPES.values() for key in recipe):
-        values = {task: recipe[key] for task, recipe in RECIPES.items() if key in recipe}
-        kind = type(next(iter(values.values())))
-        flag = "--" + key.replace("_", "-")
-        text = ", ".join(f"{task} {value}" for task, value in values.items())
-        if key == "compile":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction,
-                                help="default: on CUDA")
-        else:
-            choices = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random")).get(key)
-            parser.add_argument(flag, type=str if kind is type(None) else kind, choices=choices,
-                                help=f"default: {text}")
-    given = vars(parser.parse_args(argv))
-    given = {key: value for key, value in given.items() if value is not None}
-    recipe = dict(RECIPES[given["task"]])
+    choices = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
+    for key, default in RECIPES["pretrain"].items():
+        values = [str(recipe[key]) for recipe in RECIPES.values() if key in recipe]
+        kind = int if key == "workers" else type("" if default is None else default)
+        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
+            type=kind, choices=choices.get(key))
+        parser.add_argument("--" + key.replace("_", "-"), help=f"({', '.join(values)})", **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    recipe = RECIPES["pretrain"] | RECIPES[given["task"]]
     if given.get("data", recipe["data"]).startswith("digits"):
-        recipe.update({key: value for key, value in DIGITS.items() if key in recipe},
-                      blr=DIGITS_LR[given["task"]])
-    elif "teacher" not in given and given["task"] == "pretrain":
-        recipe["teacher_weights"] = "openai"
-    args = argparse.Namespace(**{**recipe, **given})
+        weights = dict(teacher_weights="openai") if "teacher" in given else {}
+        recipe |= DIGITS | weights | dict(blr=DIGITS_BLR[given["task"]])
+    args = argparse.Namespace(**recipe | given)
+    for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
+        if not 0 < getattr(args, key) <= (1 if key == "layer_decay" else math.inf):
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
     if args.workers is None:
         args.workers = 0 if args.data.startswith("digits") else min(16, os.cpu_count())
-    args.workers = int(args.workers)
     return args
-
 
 def main(argv=None):
     """Run a command line in this process. Errors of use are one line and exit code 2."""
-    args = parse(argv)
+    logging.disable(logging.ERROR)  # open_clip logs what its exceptions say, too
     try:
+        args = parse(argv)
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() and args.device != "cpu"
-                                    else "gloo")
-        if args.task == "pretrain" and args.data == "digits" and args.teacher_weights is None:
-            demo(args)
-        else:
-            train(args)
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
