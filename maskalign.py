@@ -1,27 +1,22 @@
-"""MaskAlign in one file: masked image modelling by alignment, without reconstruction.
+"""MaskAlign: masked image modelling by alignment, without reconstruction.
 
 Paper: Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023,
-arXiv 2211.08887. A student ViT sees 30 % of an image's patches and learns to align its features,
-through a learnable Dynamic Alignment matrix, with those that a frozen teacher draws from the whole
-image. There is no mask token and no decoder.
+arXiv 2211.08887. Read from the top: 3.1 the two networks, 3.2 which patches the student sees, 3.3
+how they are aligned; `MaskAlign.forward`, at the end, is the paper's figure.
 
 Symbols   B batch   N patches   V visible patches   D student width   E teacher width
-          S student depth       T teacher depth     K aligned teacher levels
+          S student depth       K aligned teacher levels
 Images    RGB [B,3,H,W], uint8 or float in [0,1]; each network normalises for itself.
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
-Masks     are index tensors `keep` [B,V] of the VISIBLE patches; no boolean masks exist.
-Noise     is uniform in [0,1) and optional: given, it decides the mask and the drop path.
-
-Read from top to bottom: 3.1 the two networks, 3.2 which patches the student sees, 3.3 how the two
-are aligned; `MaskAlign.forward`, at the end, is the paper's figure. Errors of use are ValueErrors.
-`Deviation:` marks each place where this file departs from the paper or fills its silence.
+Masks     are indices `keep` [B,V] of the VISIBLE patches. Noise is uniform in [0,1) and optional.
+`Deviation:` marks where this file departs from the paper or the official code. Errors of use are
+ValueErrors.
 """
 import math
 import warnings
 from collections import OrderedDict
 from fractions import Fraction
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
@@ -33,19 +28,11 @@ VITS = {  # timm's names; the last is for the built-in digits
     "vit_small_patch16_224": dict(image_size=224, patch_size=16, dim=384, depth=12, heads=6),
     "vit_base_patch16_224": dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12),
     "vit_large_patch16_224": dict(image_size=224, patch_size=16, dim=1024, depth=24, heads=16),
-    "vit_digits_patch4_32": dict(image_size=32, patch_size=4, dim=64, depth=4, heads=4),
-}
-DINO = {  # the published weights, --teacher-weights dino
-    "vit_small_patch16_224": "https://dl.fbaipublicfiles.com/dino/"
-                             "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    "vit_base_patch16_224": "https://dl.fbaipublicfiles.com/dino/"
-                            "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-}
-# what stands beside the encoder in others' checkpoints
+    "vit_digits_patch4_32": dict(image_size=32, patch_size=4, dim=64, depth=4, heads=4)}
+DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 ASIDE = ("head", "fc_norm", "decoder_", "mask_token", "distill_", "clip_model", "dino_model")
 
 # --- 3.1 Model structure: the student -----------------------------------------------------------
-
 def pair(size):
     """An int or (height, width) -> (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
@@ -75,12 +62,9 @@ def take(tokens, keep):
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B,N,D] -> [B,N,D]."""
-
     def __init__(self, dim, heads):
         super().__init__()
-        self.num_heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.num_heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
@@ -89,13 +73,10 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; the two gates, [B,1,1], weigh its branches."""
-
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, gates):
@@ -105,14 +86,13 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A plain Vision Transformer with timm's parameter names; image_size is an int or (height,
     width). `norm` is there for timm's sake: no level passes through it and it is not trained."""
-
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
-        if any(side % patch_size for side in pair(image_size)) or dim % heads:
-            raise ValueError(f"patches of {patch_size} must tile an image of {image_size}, and "
-                             f"{heads} heads divide a width of {dim}")
         self.image_size, self.patch_size, self.dim = pair(image_size), patch_size, dim
         self.grid = tuple(side // patch_size for side in self.image_size)
+        if any(side % patch_size for side in self.image_size) or dim % heads:
+            raise ValueError(f"patches of {patch_size} must tile an image of {self.image_size}, and "
+                             f"{heads} heads divide a width of {dim}")
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -144,8 +124,7 @@ class ViT(nn.Module):
             position = take(position, keep)
         # timm's convolution, on patches that are cut out already
         patches = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        x = torch.cat([cls, patches], dim=1) + position
-        levels = []
+        x, levels = torch.cat([cls, patches], dim=1) + position, []
         for block, gates in zip(self.blocks, self.gates(len(images), noise, images.device)):
             x = block(x, gates)
             levels.append(x)
@@ -162,29 +141,23 @@ def vit(name, **overrides):
     """A ViT of a size in VITS, with sizes overridden by keyword."""
     if name not in VITS:
         raise ValueError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
-    return ViT(**{**VITS[name], **overrides})
+    return ViT(**VITS[name] | overrides)
 
 # --- 3.1 Model structure: weights from files ----------------------------------------------------
-
 def brief(error):
     """An exception's text on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 def read_weights(source):
-    """A checkpoint's file or https address -> its contents, a dict. Only tensors and primitives are
-    read: a pickle that would run code is refused."""
+    """A checkpoint's file or https address -> its contents, a dict of tensors and primitives: a
+    pickle that would run code is refused."""
     try:
         if str(source).startswith("https://"):
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        elif str(source).endswith(".safetensors"):
-            state = safetensors.torch.load_file(source)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{source} is no readable file of weights: {brief(error)}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{source} holds no state dict but a {type(state).__name__}")
-    return state
+        raise ValueError(f"{source} is no readable file of weights, or could not be downloaded: fetch"
+                         f" it elsewhere and pass the file ({brief(error)})") from error
 
 def resample_positions(positions, old, new):
     """Positions [1,1+n,C] of the grid `old`, (rows, columns) -> [1,1+m,C] of the grid `new`."""
@@ -193,18 +166,18 @@ def resample_positions(positions, old, new):
     return torch.cat([positions[:, :1], rearrange(grid, "1 c h w -> 1 (h w) c")], dim=1)
 
 def load_encoder(network, source):
-    """Load a checkpoint's file or address into a ViT, strictly, resampling square positions.
-
-    Takes our files and those of timm, DINO, MAE and the official MaskAlign release -> the names
-    that were left aside: heads, decoders, teachers. Raises with the first keys that differ.
-    """
-    state = read_weights(source)
+    """Load the encoder of a file or address into a ViT, strictly, resampling square positions: our
+    files, timm's, DINO's, MAE's, the official release's -> the names that were left aside. Raises
+    with the first keys that differ."""
+    state, aside = read_weights(source), []
     for key in ("teacher", "student", "model", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
+        if isinstance(state.get(key), dict):
+            aside += [name for name in state if name != key]
+            state = state[key]
     for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    aside = [key for key in state if key.startswith(ASIDE)]
-    state = {key: value for key, value in state.items() if key not in aside}
+    aside += [key for key in state if key.startswith(ASIDE)]
+    state = {key: value for key, value in state.items() if not key.startswith(ASIDE)}
     try:
         count, side = state["pos_embed"].shape[1], math.isqrt(state["pos_embed"].shape[1] - 1)
         if count != network.pos_embed.shape[1] and count == 1 + side ** 2:
@@ -215,7 +188,6 @@ def load_encoder(network, source):
     return aside
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
-
 def cls_attention(x, attn):
     """Input [B,1+N,E] of a self-attention module -> its attention [B,N], fp32, of [CLS] to the
     patches, averaged over heads. Our modules and open_clip's both pack q, k, v in this order."""
@@ -229,13 +201,9 @@ def cls_attention(x, attn):
     return logits.softmax(dim=-1)[:, :, 1:].mean(dim=1)
 
 class Teacher(nn.Module):
-    """A ViT that is frozen for good: eval even after .train(), no gradients.
-
-    network takes images normalised by mean_std (None: it normalises for itself) and runs `blocks`.
-    Hooks on these, registered once, before any compile, collect the last `levels` blocks' outputs
-    and the last one's attention. Raises unless 1 <= levels <= depth.
-    """
-
+    """A ViT that is frozen for good: eval even after .train(), no gradients. network takes images
+    normalised by mean_std (None: it does so itself). Hooks on `blocks`, registered once, before any
+    compile, collect the last levels and the last attention. Raises unless 1 <= levels <= depth."""
     def __init__(self, network, blocks, image_size, patch_size, dim, levels, mean_std=None):
         super().__init__()
         if not 1 <= levels <= len(blocks):
@@ -270,72 +238,66 @@ class Teacher(nn.Module):
 
 def load_teacher(name, weights=None, levels=5):
     """A name in VITS or an open_clip model with a [CLS] token -> Teacher of the last `levels`
-    blocks. weights: a tag (open_clip's, or "dino" for VITS), a file, or None for random values.
-    Raises, saying what would do, if the name, the tag or the file is not usable."""
+    blocks. weights: open_clip's tag, "dino", a file, or None for random values. Raises, saying what
+    would do, if one is not usable."""
     if weights is None:
         warnings.warn(f"teacher {name} has random weights: fit for tests and timing only")
     if name in VITS:
         network = vit(name)
         if weights is not None:
-            load_encoder(network, DINO.get(name, weights) if weights == "dino" else weights)
+            load_encoder(network, DINO if weights == "dino" else weights)
         return Teacher(network, network.blocks, network.image_size, network.patch_size,
                        network.dim, levels)
     network = load_clip(name, weights)
     # Deviation: the official code does this for CLIP-L/14 alone. A patch of 14 pixels stands for
     # one of the student's 16, so image and positions shrink by 14/16: 224 -> 196, 16×16 -> 14×14.
-    patch = network.patch_size[0]
-    size = tuple(side * patch // 16 if patch == 14 else side for side in network.image_size)
-    positions = network.positional_embedding.data[None]
-    if size != network.image_size:
-        positions = resample_positions(positions, network.grid_size, [s // patch for s in size])
-    network.positional_embedding = nn.Parameter(positions[0])
+    size, positions, patch = network.image_size, network.positional_embedding, network.patch_size[0]
+    if patch == 14:
+        size, old = tuple(side * 14 // 16 for side in size), network.grid_size
+        positions = resample_positions(positions.data[None], old, [side // 14 for side in size])[0]
+        network.positional_embedding = nn.Parameter(positions)
     mean_std = network.preprocess_cfg["mean"], network.preprocess_cfg["std"]
-    return Teacher(network, network.transformer.resblocks, size, patch, positions.shape[-1],
-                   levels, mean_std)
+    blocks, dim = network.transformer.resblocks, positions.shape[-1]
+    return Teacher(network, blocks, size, patch, dim, levels, mean_std)
 
 def load_clip(name, weights):
-    """An open_clip model's image tower with a [CLS] token, by tag or file, or at random. Raises,
-    too, if tag and model disagree about QuickGELU: open_clip only warns, and features are wrong."""
+    """An open_clip model's image tower with a [CLS] token, by tag or file, or at random. Raises if
+    tag and model disagree about QuickGELU: open_clip only warns, and features are wrong."""
     import open_clip  # takes seconds
     if name not in open_clip.list_models():
         known = [*VITS, *(model for model in open_clip.list_models() if model.startswith("ViT-"))]
         raise ValueError(f"unknown teacher {name!r}; there are {', '.join(known)}")
     plain = name.removesuffix("-quickgelu")
-    tagged = {model: open_clip.get_pretrained_cfg(model, weights or "").get("quick_gelu", False)
-              for model in (plain, f"{plain}-quickgelu")
-              if weights in open_clip.list_pretrained_tags_by_model(model)}
-    fits = [model for model, quick in tagged.items()
-            if quick == open_clip.get_model_config(model).get("quick_gelu", False)]
+    tagged = [model for model in (plain, f"{plain}-quickgelu")
+              if weights in open_clip.list_pretrained_tags_by_model(model)]
+    fits = [model for model in tagged
+            if open_clip.get_pretrained_cfg(model, weights).get("quick_gelu", False)
+            == open_clip.get_model_config(model).get("quick_gelu", False)]
     if tagged and name not in fits:
-        raise ValueError(f"weights {weights!r} are not of {name}'s activation; the teacher for them"
-                         f" is {' or '.join(fits)}")
+        raise ValueError(f"weights {weights!r} are not of {name}'s activation; use {fits[0]}")
     try:
         network = open_clip.create_model(name, pretrained=weights).visual
     except Exception as error:
-        raise ValueError(f"weights {weights!r} of {name} could not be loaded or downloaded; fetch "
-                         f"them and pass the file, --teacher-weights FILE ({brief(error)})"
-                         ) from error
+        raise ValueError(f"weights {weights!r} of {name} could not be loaded or downloaded; fetch them"
+                         f" and pass the file, --teacher-weights FILE ({brief(error)})") from error
     if not hasattr(network, "class_embedding"):
         raise ValueError(f"teacher {name} is not a ViT with a [CLS] token")
     return network
 
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
-
 def visible(patches, ratio):
-    """V = ⌊N(1−r)⌋ in exact arithmetic: in floats, 10 patches at r = 0.9 leave 0. Raises unless
-    0 <= r < 1 and V >= 1."""
+    """V = ⌊N(1−r)⌋ in exact arithmetic. Raises unless 0 <= r < 1 and V >= 1."""
     if not 0 <= ratio < 1 or (count := int(patches * (1 - Fraction(str(ratio))))) < 1:
         raise ValueError(f"mask ratio {ratio} leaves no visible patch of {patches}")
     return count
 
 def attentive_keep(attention, ratio, noise=None):
     """Attention [B,N] of [CLS], noise [B,N] -> keep [B,V]: V patches without replacement with
-    probability proportional to attention, salient ones more often; zeros only when others run out.
-    """
+    probability proportional to attention; those without any come last."""
     attention = attention.float()
     noise = torch.rand_like(attention) if noise is None else noise
-    # Deviation: the Gumbel top-k trick has the distribution of the official code's multinomial, but
-    # neither waits for the GPU nor fails when fewer than V weights are positive.
+    # Deviation: Gumbel top-k has the distribution of the official code's multinomial, but neither
+    # waits for the GPU nor fails when fewer than V weights are positive.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
     gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))
     return (attention.log() + gumbel).topk(visible(attention.shape[1], ratio), dim=1).indices
@@ -345,7 +307,6 @@ def random_keep(batch, patches, ratio, device=None, noise=None):
     return attentive_keep(torch.ones(batch, patches, device=device), ratio, noise)
 
 # --- 3.3 Dynamic alignment ----------------------------------------------------------------------
-
 def whiten(y):
     """Teacher features [...,E] -> [...,E] of mean 0 and variance 1: LayerNorm without affine."""
     return F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), y.shape[-1:], eps=1e-5)
@@ -362,11 +323,9 @@ class DynamicAlignment(nn.Module):
     """Mixes the S student levels for each of K teacher levels by the Dynamic Alignment matrix W,
     `matrix` [K,S], and maps width D to E. Raises unless 1 <= levels <= teacher_depth.
 
-    Deviation: only the K rows and adaptors that the loss reaches exist (officially T, of which T−K
-    are never trained), and S may differ from T: each row starts with its 1 at evenly matched depth,
-    which is the identity when S = T, plus 0.01.
+    Deviation: only the K rows and adaptors that the loss reaches exist, and S may differ from the
+    teacher's depth: each row starts with its 1 at evenly matched depth, the identity if they agree.
     """
-
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
         if not 1 <= levels <= teacher_depth:
@@ -387,12 +346,11 @@ class MaskAlign(nn.Module):
     """All that is trained: a student ViT and its alignment to a Teacher, which is not owned, so
     that no checkpoint or optimiser holds it. mask: "attentive" or "random". Raises if the patch
     grids differ or no patch is left visible."""
-
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
         if student.grid != teacher.grid:
-            raise ValueError(f"the student's patch grid {student.grid} differs from the teacher's "
-                             f"{teacher.grid}")
+            raise ValueError(f"the student's patch grid {student.grid} is not {teacher.grid}, the "
+                             "teacher's")
         if mask not in ("attentive", "random"):
             raise ValueError(f"mask must be attentive or random, not {mask!r}")
         visible(math.prod(student.grid), mask_ratio)
@@ -403,9 +361,8 @@ class MaskAlign(nn.Module):
     def forward(self, images, levels, attention, keep=None, noise=None):
         """Images [B,3,H,W], the Teacher's K levels [B,1+N,E] and attention [B,N] of them ->
         scalar loss. keep [B,V] overrides the mask; noise [B,N+2S] serves mask and drop path."""
-        shape = attention.shape
-        mask_noise, path_noise = (None, None) if noise is None else noise.tensor_split(
-            [shape[1]], dim=1)
+        at = [attention.shape[1]]
+        mask_noise, path_noise = (None, None) if noise is None else noise.tensor_split(at, dim=1)
         if keep is None:                                                         # 3.2: [B,V]
             saliency = attention if self.mask == "attentive" else torch.ones_like(attention)
             keep = attentive_keep(saliency, self.mask_ratio, mask_noise)

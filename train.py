@@ -25,36 +25,32 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from maskalign import MaskAlign, brief, load_encoder, load_teacher, read_weights, vit, whiten
 
 LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
-COMMON = dict(data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0,
-              micro_batch=256, save_every=1000, workers=None, amp=None, compile=None, device=None)
-PRETRAIN = dict(teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5,
-                mask="attentive", mask_ratio=0.7)
+COLUMNS = ("epochs", "batch_size", "blr", "min_lr", "warmup_epochs", "weight_decay", "drop_path",
+           "layer_decay", "eval_every")
 RECIPES = {  # each default stands here, once: paper.md's for ViT-B on ImageNet, then the digits'
-    "pretrain": COMMON | PRETRAIN | dict(
-        epochs=200.0, batch_size=1024, blr=1.5e-4, min_lr=1e-5, warmup_epochs=20.0,
-        weight_decay=0.05, drop_path=0.1, layer_decay=1.0, eval_every=20.0),
-    "finetune": COMMON | dict(
-        epochs=100.0, batch_size=1024, blr=3e-4, min_lr=1e-6, warmup_epochs=5.0,
-        weight_decay=0.05, drop_path=0.2, layer_decay=0.55, eval_every=1.0),
-    "probe": COMMON | dict(
-        epochs=90.0, batch_size=16384, blr=0.025, min_lr=0.0, warmup_epochs=10.0,
-        weight_decay=0.0, drop_path=0.0, layer_decay=1.0, eval_every=1.0)}
-DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3,
-              teacher_weights=None, epochs=1.0, batch_size=64, warmup_epochs=0.1, drop_path=0.0,
-              layer_decay=1.0, eval_every=1.0)
-DIGITS_BLR = dict(pretrain=8e-3, finetune=8e-3, probe=0.4)
+    "pretrain": (200.0, 1024, 1.5e-4, 1e-5, 20.0, 0.05, 0.1, 1.0, 20.0),
+    "finetune": (100.0, 1024, 3e-4, 1e-6, 5.0, 0.05, 0.2, 0.55, 1.0),
+    "probe": (90.0, 16384, 0.025, 0.0, 10.0, 0.0, 0.0, 1.0, 1.0),
+    "digits pretrain": (1.0, 64, 8e-3, 1e-5, 0.1, 0.05, 0.0, 1.0, 1.0),
+    "digits finetune": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0),
+    "digits probe": (1.0, 64, 0.4, 0.0, 0.1, 0.0, 0.0, 1.0, 1.0)}
+COMMON = dict(
+    data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0, micro_batch=256,
+    teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, mask="attentive",
+    mask_ratio=0.7, save_every=1000, workers=None, amp=None, compile=None, device=None)
+DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
+CHOICES = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
 FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
-
 def seed_of(*key):
     """Any key -> a 63-bit seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
@@ -88,13 +84,15 @@ class Digits:
         return ((ground + alpha * (ink - ground)) * 255).round().byte(), labels, {}
 
 class Folder:
-    """Images of (file, label) pairs; `area`, (least, most) share of a random resized crop, flips
-    and crops, and RandAugment and erasing come with `augment`; None crops the centre."""
+    """Images of (file, label) pairs, randomly cropped to a share `area` (least, most) and flipped,
+    and with RandAugment and erasing if `augment`; without `area` the centre is cropped."""
     def __init__(self, files, classes, size, seed, area=None, augment=False):
-        self.names, self.labels = zip(*files)
-        self.classes, self.size, self.seed, self.area = classes, size, seed, area
-        self.augment = v2.Compose([v2.RandAugment(2, 9), v2.RandomErasing(0.25)] * augment or [
-            nn.Identity()])
+        (self.names, self.labels), self.classes, self.seed = zip(*files), classes, seed
+        mode, larger = v2.InterpolationMode.BICUBIC, [side * 256 // 224 for side in size]
+        crop = [v2.RandomResizedCrop(size, area, interpolation=mode), v2.RandomHorizontalFlip()]
+        more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if augment else []
+        self.transform = v2.Compose([*(crop if area else [
+            v2.Resize(min(larger), mode), v2.CenterCrop(size)]), v2.PILToTensor(), *more])
 
     def __getitems__(self, keys):
         images, labels, bad = [], [], {}
@@ -102,7 +100,8 @@ class Folder:
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             while len(images) == len(labels):
                 try:
-                    images.append(self.load(self.names[index]))
+                    with Image.open(self.names[index]) as image:
+                        images.append(self.transform(as_seen(image)))
                 except Exception as error:  # a bad file can raise nearly anything
                     bad[self.names[index]] = brief(error)
                     index = (index + 1) % len(self.names)  # its neighbour stands in
@@ -110,20 +109,6 @@ class Folder:
                     raise ValueError(f"{len(bad)} files are unreadable: {list(bad.items())[:3]}")
             labels.append(self.labels[index])
         return torch.stack(images), torch.tensor(labels), bad
-
-    def load(self, name):
-        """A file -> uint8 [3,H,W], cropped and resized by Pillow in one call."""
-        height, width = self.size
-        with Image.open(name) as image:
-            image = as_seen(image)
-        w, h = image.size
-        zoom = 224 / 256 * min(w / width, h / height)
-        top, left, h, w = RandomResizedCrop.get_params(
-            torch.empty(3, h, w, device="meta"), self.area, (3 / 4, 4 / 3)) if self.area else (
-            (h - height * zoom) / 2, (w - width * zoom) / 2, height * zoom, width * zoom)
-        image = v2.functional.pil_to_tensor(image.resize(
-            (width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h)))
-        return self.augment(image.flip(-1) if self.area and torch.rand(()) < 0.5 else image)
 
 def as_seen(image):
     """A Pillow image as RGB, as a person sees it: upright, on white, 16-bit grey scaled down."""
@@ -135,13 +120,6 @@ def as_seen(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def scan(root, labelled):
-    """A folder -> its (file, label) pairs, sorted, and the classes, one for each folder in it."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if labelled else []
-    # a class named "" is the folder itself with all that lies below it
-    numbers = {name: number for number, name in enumerate(classes or [""])}
-    return make_dataset(root, numbers, IMG_EXTENSIONS + (".gif",)), classes
-
 def open_data(args, size):
     """--data -> training source, the same without augmentation, labelled val source or None."""
     kind, _, count = args.data.partition(":")
@@ -149,14 +127,17 @@ def open_data(args, size):
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
         return train, bank, Digits(1000, size, -1, True)
-    root, val = Path(args.data), None
-    labelled = (root / "train").is_dir()
-    files, classes = scan(root / "train" if labelled else root, labelled)
+    root, endings, val = Path(args.data), IMG_EXTENSIONS + (".gif",), None
+    if not root.is_dir():
+        raise ValueError(f"--data: there is no folder {root}")
+    # a class named "" is the folder itself, with all that lies below it
+    classes, numbers = find_classes(root / "train") if (root / "train").is_dir() else ([], {"": 0})
+    files = make_dataset(root / "train" if classes else root, numbers, endings)
     if classes and (root / "val").is_dir():
-        pairs, known = scan(root / "val", True)
-        if odd := set(known) - set(classes):
+        if odd := set(find_classes(root / "val")[0]) - set(classes):
             raise ValueError(f"--data: {root}/val has classes that train lacks: {sorted(odd)[:3]}")
-        val = Folder([(file, classes.index(known[label])) for file, label in pairs], classes, size, 0)
+        pairs = make_dataset(root / "val", numbers, endings, allow_empty=True)
+        val = Folder(pairs, classes, size, 0)
     bank, area = Folder(files, classes, size, 0), (0.2 if args.task == "pretrain" else 0.08, 1.0)
     bank.__getitems__([(0, 0)])  # a folder of unreadable images is an error now, not in an hour
     return Folder(files, classes, size, args.seed, area, args.task == "finetune"), bank, val
@@ -177,7 +158,6 @@ def loader(source, batches, args, device):
         pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
 
 # --- What is trained ----------------------------------------------------------------------------
-
 class Classifier(nn.Module):
     """Encoder, mean of the patch tokens, LayerNorm and linear head; for a probe the encoder is
     frozen and the norm a BatchNorm without affine. Images [B,3,H,W] -> logits [B,classes]."""
@@ -218,57 +198,38 @@ def learning_rate(step, steps, warmup, peak, floor):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 # --- Evaluation ---------------------------------------------------------------------------------
-
 @torch.no_grad()
 def outputs(function, source, args, device):
-    """function(images) [b,C] and labels of every image of a source, each once at any world size ->
-    ([n,C], [n]) on every rank."""
-    rank, world = place()
-    share = range(rank, len(source.names), world)
-    batches = [[(0, i) for i in share[at:at + 256]] for at in range(0, len(share), 256)]
-    rows = torch.cat([torch.cat([function(images.to(device)).float(), labels.to(device)[:, None]], 1)
-                      for images, labels, _ in loader(source, batches, args, device)])
-    if world > 1:
-        rows = F.pad(rows, (0, 0, 0, math.ceil(len(source.names) / world) - len(rows)))
-        parts = [torch.empty_like(rows) for _ in range(world)]
-        dist.all_gather(parts, rows)
-        rows = rearrange(parts, "rank i c -> (i rank) c")[:len(source.names)]
-    return rows[:, :-1], rows[:, -1].long()
+    """function(images) and label of every image of a source -> [n,C], [n]."""
+    keys = [(0, i) for i in range(len(source.names))]
+    batches = [keys[at:at + 256] for at in range(0, len(keys), 256)]
+    pairs = [(function(images.to(device)).float(), labels.to(device))
+             for images, labels, _ in loader(source, batches, args, device)]
+    return map(torch.cat, zip(*pairs))
 
 def knn(encoder, bank, val, args, device):
-    """k-NN accuracy in percent of an encoder (or a Teacher) on val, by its neighbours in bank:
-    cosine of mean patch tokens of the last block, votes weighed by exp(cosine / temperature)."""
+    """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
+    patch tokens of the last block, whitened; votes weighed by exp(cosine / temperature)."""
     def feature(images):
-        levels = encoder(images)
-        levels = levels[0] if isinstance(levels, tuple) else levels
-        return F.normalize(whiten(levels[-1][:, 1:].mean(dim=1)), dim=1)
+        return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     (keys, classes), (queries, truth) = (outputs(feature, s, args, device) for s in (bank, val))
     right = 0
     for query, label in zip(queries.split(256), truth.split(256)):
         cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)), dim=1)
-        votes = torch.zeros(len(query), len(val.classes), device=device)
-        votes.scatter_add_(1, classes[index], (cosine / KNN["temperature"]).exp())
-        right += (votes.argmax(dim=1) == label).sum().item()
+        votes = F.one_hot(classes[index]) * (cosine / KNN["temperature"]).exp()[..., None]
+        right += (votes.sum(dim=1).argmax(dim=1) == label).sum().item()
     return 100 * right / len(truth)
 
 def evaluate(model, bank, val, args, device):
     """-> results in percent: knn for pre-training, else top1 and top5."""
     model.eval()
     if args.task == "pretrain":
-        results = dict(knn=knn(model.student, bank, val, args, device))
-    else:
-        logits, truth = outputs(model, val, args, device)
-        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]).float()
-        results = dict(top1=100 * hits[:, 0].mean().item(), top5=100 * hits.sum(1).mean().item())
-    model.train()
-    return results
+        return dict(knn=knn(model.student, bank, val, args, device))
+    logits, truth = outputs(model, val, args, device)
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]).float()
+    return dict(top1=100 * hits[:, 0].mean().item(), top5=100 * hits.sum(1).mean().item())
 
 # --- The one loop -------------------------------------------------------------------------------
-
-def place():
-    """-> (rank, world size)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 def write(path, dump):
     """dump(file) to a file, whole or not at all."""
     try:
@@ -298,42 +259,37 @@ def build(args, device, dtype):
         model = Classifier(student, len(sources[0].classes), args.task == "probe")
     return model.to(device).train(), teacher, sources
 
-def restore(out, model, others, settings):
-    """Take up out/last.pt and cut the log to it -> (step, records). Raises on other settings."""
-    if not (out / "last.pt").exists():
-        if (out / "log.jsonl").exists():
-            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
-        return 0, []
-    last = read_weights(out / "last.pt")
-    odd = [f"{key} {last['arguments'].get(key)} -> {value}" for key, value in settings.items()
-           if last["arguments"].get(key) != value]
+def restore(path, parts, settings):
+    """Load last.pt, if there is one, into the parts -> step. Raises if its settings differ."""
+    if not path.exists():
+        return 0
+    last = read_weights(path)
+    odd = [f"{key} {last.get('arguments', {}).get(key)} -> {value}" for key, value
+           in settings.items() if last.get("arguments", {}).get(key) != value]
     if odd:
-        raise ValueError(f"{out}/last.pt is of a run with other arguments: {', '.join(odd)}; repeat "
-                         "these, or choose another --out")
-    for name, part in dict(student=model.student, align=model.align, **others).items():
+        raise ValueError(f"{path} is of a run with other arguments: {', '.join(odd)}; repeat these, "
+                         "or choose another --out")
+    for name, part in parts.items():
         part.load_state_dict(last[name])
-    lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
-    log = [json.loads(line) for line in lines if line.endswith("\n")]
-    return last["step"], [record for record in log if record["step"] <= last["step"]]
+    return last["step"]
 
 def train(args):
     """Run one task -> (model, teacher, sources, last record of the log)."""
-    (rank, world), out = place(), Path(args.out)
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    cuda = device.type == "cuda"
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
     if cuda:
-        torch.cuda.set_device(device)
-    best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "off"
-    amp = args.amp or best
+        torch.cuda.set_device(local)
+    amp = args.amp or ("off" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world} processes")
-    share = args.batch_size // world
+    if batch % world:
+        raise ValueError(f"--batch-size {batch} is not divisible by {world} processes")
+    share = batch // world
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
-    model, teacher, (data, bank, val) = build(args, device, dtype)
-    count, parts = len(data.names), share // micro
-    epoch, peak = count / args.batch_size, args.blr * args.batch_size / 256  # an epoch's steps
+    model, teacher, sources = build(args, device, dtype)
+    data, bank, val = sources
+    count, parts, epoch = len(data.names), share // micro, len(data.names) / batch  # epoch: steps
     steps, warmup = max(1, int(args.epochs * epoch)), int(args.warmup_epochs * epoch)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     betas = (0.9, 0.95 if teacher else 0.999)
@@ -343,48 +299,52 @@ def train(args):
     scale = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
     scaler = torch.amp.GradScaler(device.type, scale[0], growth_interval=scale[1])
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings["images"], others = count, dict(optimiser=optimiser, scaler=scaler)
-    done, log = restore(out, model, others, settings)
+    settings["images"] = count
+    kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
+    done = restore(out / "last.pt", kept, settings)
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(True) if log.exists() else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    if log.exists() and not (out / "last.pt").exists():
+        raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+    if done >= steps:
+        print(f"{out} holds a finished run of {steps} steps")
+        return model, teacher, sources, json.loads(lines[-1])
 
     def save():
-        state = dict(student=model.student.state_dict(), align=model.align.state_dict(), step=done,
-                     arguments=settings, **{key: x.state_dict() for key, x in others.items()})
+        state = {name: part.state_dict() for name, part in kept.items()}
         write(out / "student.pt", lambda file: torch.save(state["student"], file))
+        state |= dict(step=done, arguments=settings)
         write(out / "last.pt", lambda file: torch.save(state, file))
 
     if rank == 0:
-        print(f"{args.task}: {args.student}, teacher {args.teacher} {args.teacher_weights}; "
-              f"{count} images of {args.data}; {steps} steps, from {done}, of {args.batch_size} "
-              f"images = {world} processes x {parts} x {micro}; lr {peak:.2e}; {device}, amp {amp}"
+        print(f"{args.task}: {args.student}, teacher {teacher and args.teacher}; {count} images of "
+              f"{args.data}; {steps} steps, from {done}, of {batch} images = {world} processes x "
+              f"{parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device}, amp {amp}"
               f"{'' if val else '; no labelled val, so nothing is evaluated'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
-        if not done:
-            save()
-        lines = "".join(json.dumps(record) + "\n" for record in log)
-        write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-    if done >= steps:
-        print(f"{out} holds a finished run of {steps} steps")
-        return model, teacher, (data, bank, val), log[-1]
-
-    wrap = torch.compile if (cuda if args.compile is None else args.compile) else lambda module: module
-    run, observe = wrap(model), teacher and wrap(teacher)
+        write(log, lambda file: file.write("".join(lines).encode()))
+        save()
+    run, observe = model, teacher
+    if cuda if args.compile is None else args.compile:
+        run, observe = torch.compile(model), teacher and torch.compile(teacher)
     if world > 1:
         run = nn.parallel.DistributedDataParallel(run)
-    firsts = (step * args.batch_size + rank * share + at for step in range(done, steps)
-              for at in range(0, share, micro))
+    firsts = (step * batch + rank * share + at
+              for step in range(done, steps) for at in range(0, share, micro))
     batches = (sample_keys(count, args.seed, range(first, first + micro)) for first in firsts)
     stream, named = iter(loader(data, batches, args, device)), set()
     columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
     health, meter = torch.ones((), device=device), torch.zeros((), device=device)
     logged, waited, since = done, 0.0, time.perf_counter()
-    bar = tqdm(total=steps, initial=done, mininterval=0.5 if sys.stderr.isatty() else 30,
-               disable=rank > 0)
+    bar = tqdm(total=steps, initial=done, disable=rank > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
     while done < steps:
-        lr = learning_rate(done, steps, warmup, peak, args.min_lr)
+        lr = learning_rate(done, steps, warmup, args.blr * batch / 256, args.min_lr)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["scale"]
         generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", done))
-        noise = torch.rand(args.batch_size, columns, generator=generator, device=device)
+        noise = torch.rand(batch, columns, generator=generator, device=device)
         total = torch.zeros((), device=device)
         for part, piece in enumerate(noise[rank * share:][:share].split(micro)):
             asked = time.perf_counter()
@@ -394,11 +354,10 @@ def train(args):
                 print(f"unreadable, its neighbour stands in: {name} ({bad[name]})", file=sys.stderr)
             named |= bad.keys()
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            alone = world == 1 or part == parts - 1
-            levels_attention = observe(images) if teacher else ()
-            with contextlib.nullcontext() if alone else run.no_sync():
+            seen = observe(images) if teacher else ()
+            with run.no_sync() if world > 1 and part < parts - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=amp != "off"):
-                    loss = run(images, *levels_attention, noise=piece)
+                    loss = run(images, *seen, noise=piece)
                 if not teacher:
                     smoothing = 0.1 if args.task == "finetune" else 0.0
                     loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
@@ -412,38 +371,35 @@ def train(args):
         scaler.step(optimiser)  # takes none if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        sound = (total if amp == "fp16" else total + norm).isfinite()
         # once NaN, health makes all later gradients NaN: no step is taken until the host looks
-        health = torch.where(sound, health, math.nan)
-        meter += total * health
-        done += 1
-        saves = done % args.save_every == 0 or done == steps
-        if saves or done % LOG_EVERY == 0:
-            taken, fresh = time.perf_counter() - since, done - logged
-            if not math.isfinite(loss := meter.item() / fresh):
-                raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to {done}, "
-                                         f"lr {lr:.3g}; {out}/last.pt is of before them")
-            record = dict(step=done, epoch=done / epoch, loss=loss, lr=lr, grad_norm=norm.item(),
-                          images_per_s=fresh * args.batch_size / taken, data_wait=waited / taken,
-                          unreadable=len(named))
-            if val and (done // (args.eval_every * epoch) > logged // (args.eval_every * epoch)
-                        or done == steps):
-                record |= evaluate(model, bank, val, args, device)
-            log.append(record)
-            bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in record.items()), False)
-            bar.update(fresh)
-            if rank == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            if rank == 0 and saves:
-                save()
-            logged, waited, since = done, 0.0, time.perf_counter()
-            meter.zero_()
+        health = torch.where((total if amp == "fp16" else total + norm).isfinite(), health, math.nan)
+        meter, done = meter + total * health, done + 1
+        saves, fresh = done % args.save_every == 0 or done == steps, done - logged
+        if not saves and done % LOG_EVERY:
+            continue
+        loss, taken = meter.item() / fresh, time.perf_counter() - since
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to {done}, "
+                                     f"lr {lr:.3g}; {out}/last.pt is of before them")
+        record = dict(step=done, epoch=done / epoch, loss=loss, lr=lr, grad_norm=norm.item(),
+                      images_per_s=fresh * batch / taken, data_wait=waited / taken,
+                      unreadable=len(named))
+        rounds = [at // (args.eval_every * epoch) for at in (logged, done)]
+        if val and (rounds[0] < rounds[1] or done == steps):
+            record |= evaluate(model, bank, val, args, device)
+            model.train()
+        bar.set_postfix_str(" ".join(f"{k} {value:.3g}" for k, value in record.items()), False)
+        bar.update(fresh)
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        if rank == 0 and saves:
+            save()
+        meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
     bar.close()
-    return model, teacher, (data, bank, val), log[-1]
+    return model, teacher, sources, record
 
 # --- The command line ---------------------------------------------------------------------------
-
 def demo(args):
     """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
     out = Path(args.out)
@@ -452,38 +408,35 @@ def demo(args):
     model, teacher, (_, bank, val), record = train(args)
     device = model.align.matrix.device
     torch.manual_seed(args.seed)
-    networks = vit(args.student).to(device).eval(), teacher
+    networks = vit(args.student).to(device).eval(), lambda images: teacher(images)[0]
     untrained, taught = (knn(network, bank, val, args, device) for network in networks)
     print(f"k-NN (k {KNN['k']}, temperature {KNN['temperature']}, mean patch token): untrained "
           f"student {untrained:.1f} %, trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
-def refuse(message):
-    raise ValueError(message)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
 
 def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.add_argument("--task", choices=RECIPES, default="pretrain")
-    choices = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
-    for key, default in RECIPES["pretrain"].items():
-        values = [str(recipe[key]) for recipe in RECIPES.values() if key in recipe]
-        kind = int if key == "workers" else type("" if default is None else default)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = list(RECIPES)[:3]
+    parser.add_argument("--task", choices=tasks, default=tasks[0])
+    for key, values in dict(zip(COLUMNS, zip(*RECIPES.values())), **COMMON).items():
+        first = values[0] if isinstance(values, tuple) else values
+        kind = int if key == "workers" else str if first is None else type(first)
         options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
-            type=kind, choices=choices.get(key))
-        parser.add_argument("--" + key.replace("_", "-"), help=f"({', '.join(values)})", **options)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    recipe = RECIPES["pretrain"] | RECIPES[given["task"]]
-    if given.get("data", recipe["data"]).startswith("digits"):
-        weights = dict(teacher_weights="openai") if "teacher" in given else {}
-        recipe |= DIGITS | weights | dict(blr=DIGITS_BLR[given["task"]])
-    args = argparse.Namespace(**recipe | given)
+            type=kind, choices=CHOICES.get(key))
+        parser.add_argument("--" + key.replace("_", "-"), help=f"default {values}", **options)
+    args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    digits = args.get("data", COMMON["data"]).startswith("digits")
+    demo = dict(DIGITS, teacher_weights="openai" if "teacher" in args else None) if digits else {}
+    recipe = dict(zip(COLUMNS, RECIPES["digits " * digits + args["task"]]))
+    args = argparse.Namespace(**COMMON | recipe | demo | args)
     for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
         if not 0 < getattr(args, key) <= (1 if key == "layer_decay" else math.inf):
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
-    if args.workers is None:
-        args.workers = 0 if args.data.startswith("digits") else min(16, os.cpu_count())
+    args.workers = min(16, os.cpu_count()) if args.workers is None else args.workers
     return args
 
 def main(argv=None):
