@@ -1,26 +1,24 @@
 """MaskAlign: masked image modelling by alignment, without reconstruction.
 
-Paper: Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023,
-arXiv 2211.08887. Read from the top: 3.1 the two networks, 3.2 which patches the student sees, 3.3
-how they are aligned; `MaskAlign.forward`, at the end, is the paper's figure.
+Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023, arXiv
+2211.08887, in its order: 3.1 model, 3.2 masking, 3.3 alignment; MaskAlign.forward is its figure.
 
 Symbols   B batch   N patches   V visible patches   D student width   E teacher width
           S student depth       K aligned teacher levels
 Images    RGB [B,3,H,W], uint8 or float in [0,1]; each network normalises for itself.
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
 Masks     are indices `keep` [B,V] of the VISIBLE patches. Noise is uniform in [0,1) and optional.
-`Deviation:` marks where this file departs from the paper or the official code. Errors of use are
-ValueErrors.
+`Deviation:` marks departures from paper and official code. Errors of use are ValueErrors.
 """
-import math
-import warnings
+import math, warnings
 from collections import OrderedDict
 from fractions import Fraction
-
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
+from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch.nn.modules.utils import _pair as pair  # an int or (height, width) -> (height, width)
 
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VITS = {  # timm's names; the last is for the built-in digits
@@ -33,21 +31,14 @@ DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase
 ASIDE = ("head", "fc_norm", "decoder_", "mask_token", "distill_", "clip_model", "dino_model")
 
 # --- 3.1 Model structure: the student -----------------------------------------------------------
-def pair(size):
-    """An int or (height, width) -> (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
 def normalise(images, mean, std):
     """Images [B,3,H,W], uint8 or float in [0,1] -> float, less mean and over std by channel."""
     images = images / 255 if images.dtype == torch.uint8 else images
-    # channel by channel: a tensor of means would be copied from the host in every step
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
 
 def sincos_2d(dim, grid):
     """Width and (rows, columns) of the patch grid, or an int -> fixed positions [1+N,dim]: sines,
     then cosines, of the column in the first half, of the row in the second; zeros for [CLS]."""
-    if dim % 4:
-        raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}")
     # ω_i = 10000^(−i/(dim/4))
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(*map(torch.arange, pair(grid)), indexing="ij")
@@ -65,20 +56,18 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.num_heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; the two gates, [B,1,1], weigh its branches."""
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; two gates [B,1,1] weigh its branches."""
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-
     def forward(self, x, gates):
         x = torch.addcmul(x, gates[0], self.attn(self.norm1(x)))
         return torch.addcmul(x, gates[1], self.mlp(self.norm2(x)))
@@ -90,9 +79,8 @@ class ViT(nn.Module):
         super().__init__()
         self.image_size, self.patch_size, self.dim = pair(image_size), patch_size, dim
         self.grid = tuple(side // patch_size for side in self.image_size)
-        if any(side % patch_size for side in self.image_size) or dim % heads:
-            raise ValueError(f"patches of {patch_size} must tile an image of {self.image_size}, and "
-                             f"{heads} heads divide a width of {dim}")
+        if any(side % patch_size for side in self.image_size) or dim % heads or dim % 4:
+            raise ValueError("patches must tile the image, heads and 4 divide the width")
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -100,7 +88,6 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
         self.apply(initialise)
-
     def gates(self, batch, noise, device):
         """Drop path: noise [B,2S] or None -> for each block two gates [B,1,1], which are 0 with
         the block's probability p, else 1/(1−p); 1 in eval mode."""
@@ -109,12 +96,9 @@ class ViT(nn.Module):
         noise = torch.rand(batch, 2 * len(self.blocks), device=device) if noise is None else noise
         noise = rearrange(noise, "b (s two) -> s two b 1 1", two=2)
         return [(u >= p) / (1 - p) for u, p in zip(noise, self.drop_rates)]
-
     def forward(self, images, keep=None, noise=None):
         """Images [B,3,H,W], keep [B,V] or None for all patches, noise [B,2S] -> list of S tensors
-        [B,1+V,D]: every block's output, without a final norm. Raises on images of another size."""
-        if tuple(images.shape[-2:]) != self.image_size:
-            raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
+        [B,1+V,D]: every block's output, without a final norm."""
         images = normalise(images, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
         p, conv = self.patch_size, self.patch_embed["proj"]
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
@@ -143,32 +127,23 @@ def vit(name, **overrides):
         raise ValueError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
     return ViT(**VITS[name] | overrides)
 
-# --- 3.1 Model structure: weights from files ----------------------------------------------------
-def brief(error):
-    """An exception's text on one line, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
-
 def read_weights(source):
-    """A checkpoint's file or https address -> its contents, a dict of tensors and primitives: a
-    pickle that would run code is refused."""
+    """A checkpoint's file or https address -> its tensors and primitives; no code is run."""
     try:
         if str(source).startswith("https://"):
             return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{source} is no readable file of weights, or could not be downloaded: fetch"
-                         f" it elsewhere and pass the file ({brief(error)})") from error
+        raise ValueError(f"{source} was not read or downloaded; pass a file: {error}") from error
 
-def resample_positions(positions, old, new):
-    """Positions [1,1+n,C] of the grid `old`, (rows, columns) -> [1,1+m,C] of the grid `new`."""
-    grid = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=old[0], w=old[1])
-    grid = F.interpolate(grid.float(), tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], rearrange(grid, "1 c h w -> 1 (h w) c")], dim=1)
+def resample(positions, grid):
+    """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns)."""
+    same = positions.shape[1] == 1 + math.prod(grid)
+    return positions if same else resample_abs_pos_embed(positions, list(grid), antialias=False)
 
 def load_encoder(network, source):
-    """Load the encoder of a file or address into a ViT, strictly, resampling square positions: our
-    files, timm's, DINO's, MAE's, the official release's -> the names that were left aside. Raises
-    with the first keys that differ."""
+    """Load an encoder (ours, timm's, DINO's, MAE's, the official release's) into a ViT, strictly ->
+    the names that were left aside. Raises with the first keys that differ."""
     state, aside = read_weights(source), []
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state.get(key), dict):
@@ -179,12 +154,10 @@ def load_encoder(network, source):
     aside += [key for key in state if key.startswith(ASIDE)]
     state = {key: value for key, value in state.items() if not key.startswith(ASIDE)}
     try:
-        count, side = state["pos_embed"].shape[1], math.isqrt(state["pos_embed"].shape[1] - 1)
-        if count != network.pos_embed.shape[1] and count == 1 + side ** 2:
-            state["pos_embed"] = resample_positions(state["pos_embed"], pair(side), network.grid)
+        state["pos_embed"] = resample(state["pos_embed"], network.grid)
         network.load_state_dict(state)
     except Exception as error:
-        raise ValueError(f"{source} does not fit the encoder: {brief(error)}") from error
+        raise ValueError(f"{source} does not fit the encoder: {error}") from error
     return aside
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
@@ -201,35 +174,30 @@ def cls_attention(x, attn):
     return logits.softmax(dim=-1)[:, :, 1:].mean(dim=1)
 
 class Teacher(nn.Module):
-    """A ViT that is frozen for good: eval even after .train(), no gradients. network takes images
-    normalised by mean_std (None: it does so itself). Hooks on `blocks`, registered once, before any
-    compile, collect the last levels and the last attention. Raises unless 1 <= levels <= depth."""
-    def __init__(self, network, blocks, image_size, patch_size, dim, levels, mean_std=None):
+    """A network on images normalised by mean_std (None: by itself), frozen for good. Hooks on its
+    blocks, registered before any compile, collect the last levels and the last attention."""
+    def __init__(self, network, levels, mean_std=None):
         super().__init__()
+        blocks = network.blocks
         if not 1 <= levels <= len(blocks):
             raise ValueError(f"levels must be 1 to the teacher's depth {len(blocks)}, not {levels}")
-        self.network, self.image_size, self.mean_std = network, image_size, mean_std
-        self.grid = tuple(side // patch_size for side in image_size)
-        self.dim, self.depth, self.levels = dim, len(blocks), levels
-        self.outputs, self.attention = [], []
+        self.network, self.mean_std, self.levels = network, mean_std, levels
+        self.image_size, self.grid, self.dim = network.image_size, network.grid, network.dim
+        self.depth, self.outputs, self.attention = len(blocks), [], []
         for block in blocks[-levels:]:
             block.register_forward_hook(lambda block, args, output: self.outputs.append(output))
         blocks[-1].attn.register_forward_pre_hook(
             lambda attn, args: self.attention.append(cls_attention(args[0], attn)))
         self.requires_grad_(False).train()
-
     def train(self, mode=True):
         return super().train(False)
-
     @torch.no_grad()
     def forward(self, images):
-        """Images [B,3,H,W] -> (list of K raw block outputs [B,1+N,E], attention [B,N] of the last
-        layer). Images of another size than the teacher's are resized, bicubic."""
+        """Images [B,3,H,W], resized -> K raw block outputs [B,1+N,E], last attention [B,N]."""
         images = images / 255 if images.dtype == torch.uint8 else images
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         images = images if self.mean_std is None else normalise(images, *self.mean_std)
-        self.outputs.clear()  # of a call that failed
         self.network(images.to(next(self.network.parameters()).dtype))
         levels, attention = list(self.outputs), self.attention[-1]
         self.outputs.clear()
@@ -237,52 +205,39 @@ class Teacher(nn.Module):
         return levels, attention
 
 def load_teacher(name, weights=None, levels=5):
-    """A name in VITS or an open_clip model with a [CLS] token -> Teacher of the last `levels`
-    blocks. weights: open_clip's tag, "dino", a file, or None for random values. Raises, saying what
-    would do, if one is not usable."""
+    """A name in VITS or open_clip's -> Teacher of the last levels. weights: open_clip's tag, dino,
+    a file, or None for random values. Raises, saying what would do."""
     if weights is None:
         warnings.warn(f"teacher {name} has random weights: fit for tests and timing only")
     if name in VITS:
         network = vit(name)
         if weights is not None:
             load_encoder(network, DINO if weights == "dino" else weights)
-        return Teacher(network, network.blocks, network.image_size, network.patch_size,
-                       network.dim, levels)
-    network = load_clip(name, weights)
-    # Deviation: the official code does this for CLIP-L/14 alone. A patch of 14 pixels stands for
-    # one of the student's 16, so image and positions shrink by 14/16: 224 -> 196, 16×16 -> 14×14.
-    size, positions, patch = network.image_size, network.positional_embedding, network.patch_size[0]
-    if patch == 14:
-        size, old = tuple(side * 14 // 16 for side in size), network.grid_size
-        positions = resample_positions(positions.data[None], old, [side // 14 for side in size])[0]
-        network.positional_embedding = nn.Parameter(positions)
-    mean_std = network.preprocess_cfg["mean"], network.preprocess_cfg["std"]
-    blocks, dim = network.transformer.resblocks, positions.shape[-1]
-    return Teacher(network, blocks, size, patch, dim, levels, mean_std)
-
-def load_clip(name, weights):
-    """An open_clip model's image tower with a [CLS] token, by tag or file, or at random. Raises if
-    tag and model disagree about QuickGELU: open_clip only warns, and features are wrong."""
+        return Teacher(network, levels)
     import open_clip  # takes seconds
-    if name not in open_clip.list_models():
-        known = [*VITS, *(model for model in open_clip.list_models() if model.startswith("ViT-"))]
-        raise ValueError(f"unknown teacher {name!r}; there are {', '.join(known)}")
+    if name not in (known := open_clip.list_models()):
+        raise ValueError(f"unknown teacher {name!r}; there are {', '.join([*VITS, *known])}")
+    # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
     plain = name.removesuffix("-quickgelu")
-    tagged = [model for model in (plain, f"{plain}-quickgelu")
-              if weights in open_clip.list_pretrained_tags_by_model(model)]
-    fits = [model for model in tagged
-            if open_clip.get_pretrained_cfg(model, weights).get("quick_gelu", False)
+    fits = [model for model in (plain, f"{plain}-quickgelu") if weights and (entry :=
+            open_clip.get_pretrained_cfg(model, weights)) and entry.get("quick_gelu", False)
             == open_clip.get_model_config(model).get("quick_gelu", False)]
-    if tagged and name not in fits:
+    if fits and name not in fits:
         raise ValueError(f"weights {weights!r} are not of {name}'s activation; use {fits[0]}")
     try:
         network = open_clip.create_model(name, pretrained=weights).visual
     except Exception as error:
-        raise ValueError(f"weights {weights!r} of {name} could not be loaded or downloaded; fetch them"
-                         f" and pass the file, --teacher-weights FILE ({brief(error)})") from error
+        raise ValueError(f"{weights} of {name} was not read or downloaded; pass a FILE: {error}")
     if not hasattr(network, "class_embedding"):
         raise ValueError(f"teacher {name} is not a ViT with a [CLS] token")
-    return network
+    network.blocks, network.grid = network.transformer.resblocks, network.grid_size
+    if network.patch_size[0] == 14:  # as 16 of the student's: 224 -> 196 pixels, 16x16 -> 14x14
+        network.image_size = tuple(side * 14 // 16 for side in network.image_size)
+        network.grid = tuple(side // 14 for side in network.image_size)
+        positions = resample(network.positional_embedding.data[None], network.grid)
+        network.positional_embedding = nn.Parameter(positions[0])
+    network.dim = network.positional_embedding.shape[-1]
+    return Teacher(network, levels, (network.preprocess_cfg["mean"], network.preprocess_cfg["std"]))
 
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
 def visible(patches, ratio):
@@ -292,8 +247,7 @@ def visible(patches, ratio):
     return count
 
 def attentive_keep(attention, ratio, noise=None):
-    """Attention [B,N] of [CLS], noise [B,N] -> keep [B,V]: V patches without replacement with
-    probability proportional to attention; those without any come last."""
+    """Attention [B,N] -> keep [B,V], drawn without replacement, in proportion to attention."""
     attention = attention.float()
     noise = torch.rand_like(attention) if noise is None else noise
     # Deviation: Gumbel top-k has the distribution of the official code's multinomial, but neither
@@ -312,30 +266,22 @@ def whiten(y):
     return F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), y.shape[-1:], eps=1e-5)
 
 def align_loss(pred, target):
-    """Prediction and whitened target, both [...,E] -> scalar, fp32 or finer. Raises if the shapes
-    differ."""
-    if pred.shape != target.shape:
-        raise ValueError(f"pred is {tuple(pred.shape)}, target {tuple(target.shape)}")
+    """Prediction and whitened target, both [...,E] -> scalar, fp32 or finer."""
     # L(ŷ,ȳ) = ½(ŷ−ȳ)² if |ŷ−ȳ| <= 1 else |ŷ−ȳ|−½, mean over tokens and channels
     return F.smooth_l1_loss(pred.to(torch.promote_types(pred.dtype, torch.float32)), target)
 
 class DynamicAlignment(nn.Module):
     """Mixes the S student levels for each of K teacher levels by the Dynamic Alignment matrix W,
-    `matrix` [K,S], and maps width D to E. Raises unless 1 <= levels <= teacher_depth.
-
+    `matrix` [K,S], and maps width D to E.
     Deviation: only the K rows and adaptors that the loss reaches exist, and S may differ from the
-    teacher's depth: each row starts with its 1 at evenly matched depth, the identity if they agree.
-    """
+    teacher's depth: each row starts with its 1 at evenly matched depth (identity if equal)."""
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
-        if not 1 <= levels <= teacher_depth:
-            raise ValueError(f"levels must be 1 to {teacher_depth}, not {levels}")
         last = range(teacher_depth - levels + 1, teacher_depth + 1)  # levels count from 1
         match = torch.tensor([math.ceil(t * student_depth / teacher_depth) - 1 for t in last])
         self.matrix = nn.Parameter(F.one_hot(match, student_depth) + 0.01)
         self.adaptors = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in last)
         self.apply(initialise)
-
     def forward(self, features):
         """List of S tensors [B,1+V,D] -> list of K tensors [B,1+V,E]."""
         # ŷ_k = A_k( Σ_s W_ks x_s )
@@ -343,21 +289,16 @@ class DynamicAlignment(nn.Module):
         return [adaptor(x) for adaptor, x in zip(self.adaptors, mixed)]
 
 class MaskAlign(nn.Module):
-    """All that is trained: a student ViT and its alignment to a Teacher, which is not owned, so
-    that no checkpoint or optimiser holds it. mask: "attentive" or "random". Raises if the patch
-    grids differ or no patch is left visible."""
+    """All that is trained: a student ViT and its alignment to a Teacher, which is not owned. mask:
+    "attentive" or "random". Raises if patch grids differ or no patch is left visible."""
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
         if student.grid != teacher.grid:
-            raise ValueError(f"the student's patch grid {student.grid} is not {teacher.grid}, the "
-                             "teacher's")
-        if mask not in ("attentive", "random"):
-            raise ValueError(f"mask must be attentive or random, not {mask!r}")
-        visible(math.prod(student.grid), mask_ratio)
+            raise ValueError(f"patch grids differ: student {student.grid}, teacher {teacher.grid}")
+        visible(math.prod(student.grid), mask_ratio)  # raises
         self.student, self.mask, self.mask_ratio = student, mask, mask_ratio
         self.align = DynamicAlignment(len(student.blocks), student.dim,
                                       teacher.depth, teacher.dim, teacher.levels)
-
     def forward(self, images, levels, attention, keep=None, noise=None):
         """Images [B,3,H,W], the Teacher's K levels [B,1+N,E] and attention [B,N] of them ->
         scalar loss. keep [B,V] overrides the mask; noise [B,N+2S] serves mask and drop path."""

@@ -7,18 +7,8 @@
 --data is a folder with train/ and val/ of one folder per class, any folder of images, or "digits"
 (rendered as needed; "digits:N" for N fixed ones). A run that finds its --out/last.pt resumes it.
 """
-import argparse
-import contextlib
-import functools
-import hashlib
-import json
-import logging
-import math
-import os
-import sys
-import time
+import argparse, atexit, functools, hashlib, json, logging, math, os, sys, time
 from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,8 +18,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
-
-from maskalign import MaskAlign, brief, load_encoder, load_teacher, read_weights, vit, whiten
+from maskalign import MaskAlign, load_encoder, load_teacher, read_weights, vit, whiten
 
 LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
@@ -39,9 +28,7 @@ RECIPES = {  # each default stands here, once: paper.md's for ViT-B on ImageNet,
     "pretrain": (200.0, 1024, 1.5e-4, 1e-5, 20.0, 0.05, 0.1, 1.0, 20.0),
     "finetune": (100.0, 1024, 3e-4, 1e-6, 5.0, 0.05, 0.2, 0.55, 1.0),
     "probe": (90.0, 16384, 0.025, 0.0, 10.0, 0.0, 0.0, 1.0, 1.0),
-    "digits pretrain": (1.0, 64, 8e-3, 1e-5, 0.1, 0.05, 0.0, 1.0, 1.0),
-    "digits finetune": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0),
-    "digits probe": (1.0, 64, 0.4, 0.0, 0.1, 0.0, 0.0, 1.0, 1.0)}
+    "digits": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0)}  # all tasks
 COMMON = dict(
     data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0, micro_batch=256,
     teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, mask="attentive",
@@ -58,16 +45,14 @@ def seed_of(*key):
 class Digits:
     """Ten classes of rendered digits of a size (height, width); `fixed`: the same in all epochs.
     Like every source it takes keys (epoch, index) -> images uint8 [b,3,H,W], labels [b] and the
-    files {name: reason} that could not be read and were replaced."""
+    {file: reason} of what was unreadable and replaced."""
     def __init__(self, count, size, seed, fixed):
-        self.names, self.classes = range(count), list("0123456789")
+        self.names, self.classes, self.glyphs = range(count), list("0123456789"), []
         self.size, self.seed, self.fixed = size, seed, fixed
-        font, self.glyphs = ImageFont.load_default(size[0] * 7 / 8), torch.empty(10, 1, *size)
-        for digit in range(10):
-            glyph = Image.new("L", size[::-1])
-            ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), str(digit), 255, font, "mm")
-            self.glyphs[digit] = v2.functional.pil_to_tensor(glyph) / 255
-
+        for digit in self.classes:
+            glyph, font = Image.new("L", size[::-1]), ImageFont.load_default(size[0] * 7 / 8)
+            ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), digit, 255, font, "mm")
+            self.glyphs.append(v2.functional.pil_to_tensor(glyph) / 255)
     def __getitems__(self, keys):
         labels = torch.tensor([index % 10 for _, index in keys])
         u = torch.stack([torch.rand(55, generator=torch.Generator().manual_seed(seed_of(
@@ -77,7 +62,7 @@ class Digits:
         cos, sin = angle.cos() * scale, angle.sin() * scale
         theta = rearrange([cos, -sin, x, sin, cos, y], "(i j) b -> b i j", i=2)
         grid = F.affine_grid(theta, [len(u), 1, *self.size], align_corners=False)
-        alpha = F.grid_sample(self.glyphs[labels], grid, align_corners=False)
+        alpha = F.grid_sample(torch.stack(self.glyphs)[labels], grid, align_corners=False)
         ink = rearrange(0.8 + 0.2 * u[:, 4:7], "b c -> b c 1 1")
         ground = rearrange(0.15 * u[:, 7:55], "b (c h w) -> b c h w", c=3, h=4)
         ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
@@ -93,7 +78,6 @@ class Folder:
         more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if augment else []
         self.transform = v2.Compose([*(crop if area else [
             v2.Resize(min(larger), mode), v2.CenterCrop(size)]), v2.PILToTensor(), *more])
-
     def __getitems__(self, keys):
         images, labels, bad = [], [], {}
         for epoch, index in keys:
@@ -101,24 +85,15 @@ class Folder:
             while len(images) == len(labels):
                 try:
                     with Image.open(self.names[index]) as image:
-                        images.append(self.transform(as_seen(image)))
+                        image = ImageOps.exif_transpose(image).convert("RGB")
+                        images.append(self.transform(image))
                 except Exception as error:  # a bad file can raise nearly anything
-                    bad[self.names[index]] = brief(error)
+                    bad[self.names[index]] = repr(error)
                     index = (index + 1) % len(self.names)  # its neighbour stands in
                 if len(bad) > max(10, len(self.names) // 100):
                     raise ValueError(f"{len(bad)} files are unreadable: {list(bad.items())[:3]}")
             labels.append(self.labels[index])
         return torch.stack(images), torch.tensor(labels), bad
-
-def as_seen(image):
-    """A Pillow image as RGB, as a person sees it: upright, on white, 16-bit grey scaled down."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 def open_data(args, size):
     """--data -> training source, the same without augmentation, labelled val source or None."""
@@ -143,14 +118,13 @@ def open_data(args, size):
     return Folder(files, classes, size, args.seed, area, args.task == "finetune"), bank, val
 
 @functools.lru_cache(maxsize=2)
-def permutation(count, seed, epoch):
-    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-    return torch.randperm(count, generator=generator).tolist()
+def permutation(count, seed):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 def sample_keys(count, seed, positions):
-    """Positions in the run's endless stream of samples -> keys (epoch, index): every epoch is a
-    permutation, and batches run across its end."""
-    return [(p // count, permutation(count, seed, p // count)[p % count]) for p in positions]
+    """Positions in an endless stream of permuted epochs -> keys (epoch, index)."""
+    order = [permutation(count, seed_of(seed, "order", p // count)) for p in positions]
+    return [(p // count, epoch[p % count]) for p, epoch in zip(positions, order)]
 
 def loader(source, batches, args, device):
     return torch.utils.data.DataLoader(
@@ -159,27 +133,20 @@ def loader(source, batches, args, device):
 
 # --- What is trained ----------------------------------------------------------------------------
 class Classifier(nn.Module):
-    """Encoder, mean of the patch tokens, LayerNorm and linear head; for a probe the encoder is
-    frozen and the norm a BatchNorm without affine. Images [B,3,H,W] -> logits [B,classes]."""
+    """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
     def __init__(self, student, classes, probe):
         super().__init__()
-        self.student, self.probe = student.requires_grad_(not probe), probe
+        self.student = student.requires_grad_(not probe)
         student.norm.requires_grad_(False)
         norm = nn.BatchNorm1d(student.dim, affine=False) if probe else nn.LayerNorm(student.dim)
         self.align = nn.Sequential(norm, nn.Linear(student.dim, classes))
         nn.init.normal_(self.align[1].weight, std=0.01)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.student.train(mode and not self.probe)
-        return self
-
     def forward(self, images, noise=None):
         return self.align(self.student(images, noise=noise)[-1][:, 1:].mean(dim=1))
 
 def param_groups(model, weight_decay, layer_decay=1.0):
     """Trainable parameters in groups by learning-rate scale and weight decay. None for 1-D
-    parameters and W; layer l of S is scaled by layer_decay^(S+1−l), all beside the encoder by 1."""
+    parameters and W; layer l of S is scaled by layer_decay^(S+1−l), the rest by 1."""
     depth, groups = len(model.student.blocks), {}
     for name, parameter in model.named_parameters():
         part, inner, number = f"{name}..".split(".")[:3]
@@ -187,8 +154,7 @@ def param_groups(model, weight_decay, layer_decay=1.0):
         decay = weight_decay if parameter.ndim > 1 and name != "align.matrix" else 0.0
         if parameter.requires_grad:
             groups.setdefault((layer_decay ** (depth + 1 - layer), decay), []).append(parameter)
-    return [dict(params=params, scale=scale, weight_decay=decay)
-            for (scale, decay), params in groups.items()]
+    return [dict(params=p, scale=scale, weight_decay=wd) for (scale, wd), p in groups.items()]
 
 def learning_rate(step, steps, warmup, peak, floor):
     """Linear warm-up to peak over `warmup` steps, then a cosine that ends at floor."""
@@ -197,21 +163,18 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step + 1 - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-# --- Evaluation ---------------------------------------------------------------------------------
 @torch.no_grad()
 def outputs(function, source, args, device):
     """function(images) and label of every image of a source -> [n,C], [n]."""
-    keys = [(0, i) for i in range(len(source.names))]
-    batches = [keys[at:at + 256] for at in range(0, len(keys), 256)]
+    batches = torch.tensor([(0, i) for i in range(len(source.names))]).split(256)
     pairs = [(function(images.to(device)).float(), labels.to(device))
-             for images, labels, _ in loader(source, batches, args, device)]
+             for images, labels, _ in loader(source, [b.tolist() for b in batches], args, device)]
     return map(torch.cat, zip(*pairs))
 
 def knn(encoder, bank, val, args, device):
     """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
     patch tokens of the last block, whitened; votes weighed by exp(cosine / temperature)."""
-    def feature(images):
-        return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
+    feature = lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     (keys, classes), (queries, truth) = (outputs(feature, s, args, device) for s in (bank, val))
     right = 0
     for query, label in zip(queries.split(256), truth.split(256)):
@@ -239,7 +202,7 @@ def write(path, dump):
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
-        raise OSError(f"{path} could not be written, and is as it was: {brief(error)}") from error
+        raise OSError(f"{path} could not be written, and is as it was: {error}") from error
 
 def build(args, device, dtype):
     """-> (model, teacher or None, (training, bank, val) sources)."""
@@ -247,8 +210,8 @@ def build(args, device, dtype):
     student, teacher = vit(args.student, drop_path=args.drop_path), None
     sources = open_data(args, student.image_size)
     if args.init:
-        aside = sorted({key.split(".")[0] for key in load_encoder(student, args.init)})
-        print(f"{args.init}: the encoder is loaded; left aside: {', '.join(aside) or 'nothing'}")
+        aside = {key.split(".")[0] for key in load_encoder(student, args.init)}
+        print(f"{args.init} left aside: {sorted(aside)}")
     if args.task == "pretrain":
         weights = None if args.teacher_weights == "random" else args.teacher_weights
         teacher = load_teacher(args.teacher, weights, args.levels).to(device, dtype)
@@ -264,67 +227,58 @@ def restore(path, parts, settings):
     if not path.exists():
         return 0
     last = read_weights(path)
-    odd = [f"{key} {last.get('arguments', {}).get(key)} -> {value}" for key, value
-           in settings.items() if last.get("arguments", {}).get(key) != value]
-    if odd:
-        raise ValueError(f"{path} is of a run with other arguments: {', '.join(odd)}; repeat these, "
-                         "or choose another --out")
+    before = last.get("arguments", {})
+    if odd := [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]:
+        raise ValueError(f"{path} is of a run with other arguments, repeat these: {', '.join(odd)}")
     for name, part in parts.items():
         part.load_state_dict(last[name])
     return last["step"]
 
 def train(args):
-    """Run one task -> (model, teacher, sources, last record of the log)."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Run one task -> (model, teacher, bank, val, last record of the log)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
-    if cuda:
-        torch.cuda.set_device(local)
     amp = args.amp or ("off" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
     if batch % world:
         raise ValueError(f"--batch-size {batch} is not divisible by {world} processes")
     share = batch // world
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
-    model, teacher, sources = build(args, device, dtype)
-    data, bank, val = sources
+    model, teacher, (data, bank, val) = build(args, device, dtype)
     count, parts, epoch = len(data.names), share // micro, len(data.names) / batch  # epoch: steps
     steps, warmup = max(1, int(args.epochs * epoch)), int(args.warmup_epochs * epoch)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    betas = (0.9, 0.95 if teacher else 0.999)
+    betas, smoothing = (0.9, 0.95 if teacher else 0.999), 0.1 * (args.task == "finetune")
     optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
         torch.optim.AdamW(groups, betas=betas, fused=True))
     # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
     scale = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
     scaler = torch.amp.GradScaler(device.type, scale[0], growth_interval=scale[1])
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings["images"] = count
+    settings = {key: vars(args)[key] for key in vars(args).keys() - FREE} | dict(images=count)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
     done = restore(out / "last.pt", kept, settings)
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines(True) if log.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
     if log.exists() and not (out / "last.pt").exists():
         raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+    lines = log.read_text().splitlines(True) if log.exists() else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
     if done >= steps:
         print(f"{out} holds a finished run of {steps} steps")
-        return model, teacher, sources, json.loads(lines[-1])
-
+        return model, teacher, bank, val, json.loads(lines[-1])
     def save():
         state = {name: part.state_dict() for name, part in kept.items()}
         write(out / "student.pt", lambda file: torch.save(state["student"], file))
         state |= dict(step=done, arguments=settings)
         write(out / "last.pt", lambda file: torch.save(state, file))
-
     if rank == 0:
-        print(f"{args.task}: {args.student}, teacher {teacher and args.teacher}; {count} images of "
+        print(f"{args.task}: {args.student}; teacher {teacher and args.teacher}; {count} images of "
               f"{args.data}; {steps} steps, from {done}, of {batch} images = {world} processes x "
-              f"{parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device}, amp {amp}"
-              f"{'' if val else '; no labelled val, so nothing is evaluated'}", flush=True)
+              f"{parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device}, amp {amp}; "
+              f"{'evaluated on val' if val else 'no labelled val, no evaluation'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
+        save()  # before the log: a log without last.pt is an error to the other ranks
         write(log, lambda file: file.write("".join(lines).encode()))
-        save()
     run, observe = model, teacher
     if cuda if args.compile is None else args.compile:
         run, observe = torch.compile(model), teacher and torch.compile(teacher)
@@ -355,14 +309,13 @@ def train(args):
             named |= bad.keys()
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
             seen = observe(images) if teacher else ()
-            with run.no_sync() if world > 1 and part < parts - 1 else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype, enabled=amp != "off"):
-                    loss = run(images, *seen, noise=piece)
-                if not teacher:
-                    smoothing = 0.1 if args.task == "finetune" else 0.0
-                    loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
-                # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
-                scaler.scale(loss / parts * (health + 0 * loss.detach())).backward()
+            run.require_backward_grad_sync = part == parts - 1  # of DDP, as its no_sync() does
+            with torch.autocast(device.type, dtype, enabled=amp != "off"):
+                loss = run(images, *seen, noise=piece)
+            if not teacher:
+                loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
+            # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
+            scaler.scale(loss / parts * (health + 0 * loss.detach())).backward()
             total += loss.detach() / parts / world
         if world > 1:
             dist.all_reduce(total)
@@ -372,15 +325,15 @@ def train(args):
         scaler.update()
         optimiser.zero_grad()
         # once NaN, health makes all later gradients NaN: no step is taken until the host looks
-        health = torch.where((total if amp == "fp16" else total + norm).isfinite(), health, math.nan)
+        health = health + 0 * (total if amp == "fp16" else total + norm)
         meter, done = meter + total * health, done + 1
         saves, fresh = done % args.save_every == 0 or done == steps, done - logged
         if not saves and done % LOG_EVERY:
             continue
         loss, taken = meter.item() / fresh, time.perf_counter() - since
         if not math.isfinite(loss):
-            raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to {done}, "
-                                     f"lr {lr:.3g}; {out}/last.pt is of before them")
+            raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to "
+                                     f"{done}, lr {lr:.3g}; {out}/last.pt is of before them")
         record = dict(step=done, epoch=done / epoch, loss=loss, lr=lr, grad_norm=norm.item(),
                       images_per_s=fresh * batch / taken, data_wait=waited / taken,
                       unreadable=len(named))
@@ -397,45 +350,40 @@ def train(args):
             save()
         meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
     bar.close()
-    return model, teacher, sources, record
+    return model, teacher, bank, val, record
 
 # --- The command line ---------------------------------------------------------------------------
 def demo(args):
     """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
-    out = Path(args.out)
+    out = args.out
     train(parse(["--task", "finetune", "--out", f"{out}/teacher", "--seed", str(args.seed)]))
     args.teacher_weights, args.out = f"{out}/teacher/student.pt", f"{out}/student"
-    model, teacher, (_, bank, val), record = train(args)
-    device = model.align.matrix.device
+    model, teacher, bank, val, record = train(args)
     torch.manual_seed(args.seed)
-    networks = vit(args.student).to(device).eval(), lambda images: teacher(images)[0]
-    untrained, taught = (knn(network, bank, val, args, device) for network in networks)
-    print(f"k-NN (k {KNN['k']}, temperature {KNN['temperature']}, mean patch token): untrained "
-          f"student {untrained:.1f} %, trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
+    device, untrained = model.align.matrix.device, vit(args.student).eval()
+    untrained = knn(untrained.to(device), bank, val, args, device)
+    taught = knn(lambda images: teacher(images)[0], bank, val, args, device)
+    print(f"k-NN {KNN}, mean patch token: untrained student {untrained:.1f} %, "
+          f"trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
 def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = list(RECIPES)[:3]
-    parser.add_argument("--task", choices=tasks, default=tasks[0])
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--task", choices=list(RECIPES)[:3], default="pretrain")
     for key, values in dict(zip(COLUMNS, zip(*RECIPES.values())), **COMMON).items():
         first = values[0] if isinstance(values, tuple) else values
-        kind = int if key == "workers" else str if first is None else type(first)
-        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
-            type=kind, choices=CHOICES.get(key))
-        parser.add_argument("--" + key.replace("_", "-"), help=f"default {values}", **options)
+        kind = int if key == "workers" else type("" if first is None else first)
+        options = dict(type=kind, choices=CHOICES.get(key), help=f"default {values}")
+        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else options
+        parser.add_argument("--" + key.replace("_", "-"), **options)
     args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     digits = args.get("data", COMMON["data"]).startswith("digits")
     demo = dict(DIGITS, teacher_weights="openai" if "teacher" in args else None) if digits else {}
-    recipe = dict(zip(COLUMNS, RECIPES["digits " * digits + args["task"]]))
+    recipe = dict(zip(COLUMNS, RECIPES["digits" if digits else args["task"]]))
     args = argparse.Namespace(**COMMON | recipe | demo | args)
     for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
-        if not 0 < getattr(args, key) <= (1 if key == "layer_decay" else math.inf):
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
+        if not 0 < vars(args)[key] <= (1 if key == "layer_decay" else math.inf):
+            raise ValueError(f"--{key.replace('_', '-')} {vars(args)[key]} is out of range")
     args.workers = min(16, os.cpu_count()) if args.workers is None else args.workers
     return args
 
@@ -445,14 +393,14 @@ def main(argv=None):
     try:
         args = parse(argv)
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+            atexit.register(dist.destroy_process_group)
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
+        print(f"train.py: error: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()
