@@ -134,7 +134,8 @@ def read_weights(source):
             return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{source} was not read or downloaded; pass a file: {error}") from error
+        reason = str(error).split(". ")[0]  # what torch says further is unsafe advice
+        raise ValueError(f"{source} was not read or downloaded; pass a good file: {reason}")
 
 def resample(positions, grid):
     """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns)."""
@@ -157,7 +158,7 @@ def load_encoder(network, source):
         state["pos_embed"] = resample(state["pos_embed"], network.grid)
         network.load_state_dict(state)
     except Exception as error:
-        raise ValueError(f"{source} does not fit the encoder: {error}") from error
+        raise ValueError(f"{source} does not fit the encoder: {error}")
     return aside
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------

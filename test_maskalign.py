@@ -293,7 +293,7 @@ def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (("--data", "/nowhere"), "no folder"),
+    (("--data", "/nowhere"), "no such folder"),
     (("--teacher", "nope"), "unknown teacher"),
     (("--student", "nope"), "unknown ViT"),
     (("--mask-ratio", "0.999"), "no visible patch"),

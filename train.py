@@ -73,11 +73,11 @@ class Folder:
     and with RandAugment and erasing if `augment`; without `area` the centre is cropped."""
     def __init__(self, files, classes, size, seed, area=None, augment=False):
         (self.names, self.labels), self.classes, self.seed = zip(*files), classes, seed
-        mode, larger = v2.InterpolationMode.BICUBIC, [side * 256 // 224 for side in size]
-        crop = [v2.RandomResizedCrop(size, area, interpolation=mode), v2.RandomHorizontalFlip()]
+        crop = [v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC),
+                v2.RandomHorizontalFlip()] if area else [
+                    v2.Resize(min(size) * 256 // 224, Image.BICUBIC), v2.CenterCrop(size)]
         more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if augment else []
-        self.transform = v2.Compose([*(crop if area else [
-            v2.Resize(min(larger), mode), v2.CenterCrop(size)]), v2.PILToTensor(), *more])
+        self.transform = v2.Compose([*crop, v2.PILToTensor(), *more])
     def __getitems__(self, keys):
         images, labels, bad = [], [], {}
         for epoch, index in keys:
@@ -103,11 +103,11 @@ def open_data(args, size):
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
         return train, bank, Digits(1000, size, -1, True)
     root, endings, val = Path(args.data), IMG_EXTENSIONS + (".gif",), None
-    if not root.is_dir():
-        raise ValueError(f"--data: there is no folder {root}")
     # a class named "" is the folder itself, with all that lies below it
     classes, numbers = find_classes(root / "train") if (root / "train").is_dir() else ([], {"": 0})
-    files = make_dataset(root / "train" if classes else root, numbers, endings)
+    files = make_dataset(root / "train" if classes else root, numbers, endings, None, not classes)
+    if not files:
+        raise ValueError(f"--data: there is no such folder, or no image in it: {root}")
     if classes and (root / "val").is_dir():
         if odd := set(find_classes(root / "val")[0]) - set(classes):
             raise ValueError(f"--data: {root}/val has classes that train lacks: {sorted(odd)[:3]}")
@@ -355,9 +355,8 @@ def train(args):
 # --- The command line ---------------------------------------------------------------------------
 def demo(args):
     """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
-    out = args.out
-    train(parse(["--task", "finetune", "--out", f"{out}/teacher", "--seed", str(args.seed)]))
-    args.teacher_weights, args.out = f"{out}/teacher/student.pt", f"{out}/student"
+    train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
+    args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
     model, teacher, bank, val, record = train(args)
     torch.manual_seed(args.seed)
     device, untrained = model.align.matrix.device, vit(args.student).eval()
@@ -369,6 +368,7 @@ def demo(args):
 def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.print_usage = lambda file: None  # an error is one line
     parser.add_argument("--task", choices=list(RECIPES)[:3], default="pretrain")
     for key, values in dict(zip(COLUMNS, zip(*RECIPES.values())), **COMMON).items():
         first = values[0] if isinstance(values, tuple) else values
