@@ -134,8 +134,7 @@ def read_weights(source):
             return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = str(error).split(". ")[0]  # what torch says further is unsafe advice
-        raise ValueError(f"{source} was not read or downloaded; pass a good file: {reason}")
+        raise ValueError(f"{source} was not read or downloaded; pass a file: {str(error)[:99]}")
 
 def resample(positions, grid):
     """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns)."""
