@@ -1,15 +1,19 @@
 """Properties of maskalign.py and train.py; sizes are drawn pairwise distinct."""
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from hypothesis import assume, given, settings, strategies as st
 
 import maskalign as ma
@@ -309,6 +313,231 @@ def test_bad_input_is_one_line(tmp_path, capsys, teacher_file, argv, says):
         train.main([*map(str, digits(tmp_path / "out", "--teacher-weights", teacher_file)), *argv])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and says in error[0]
+
+# --- Weights that travel ------------------------------------------------------------------------
+
+def formats(state):
+    """The same encoder as each kind of checkpoint holds it."""
+    junk = torch.zeros(2)
+    return {
+        "ours": {"student": state, "align": {"matrix": junk}, "step": 3},
+        "timm": {**state, "head.weight": junk},
+        "mae": {"model": {**state, "mask_token": junk, "decoder_embed.weight": junk}, "epoch": 1},
+        "dino": {"teacher": {f"module.backbone.{k}": v for k, v in state.items()},
+                 "student": {f"module.backbone.{k}": 0 * v for k, v in state.items()}},
+        "official": {"model": {**{f"model.{k}": v for k, v in state.items()}, "distill_weights": junk,
+                               "distill_heads.0.weight": junk, "clip_model.x": junk}},
+        "official pre-training": {"model": {**state, "distill_weights": junk, "clip_model.x": junk}}}
+
+
+@pytest.mark.parametrize("kind", formats({}))
+def test_every_format_of_an_encoder_loads(tmp_path, kind):
+    source, target = small(), small()
+    torch.save(formats(source.state_dict())[kind], tmp_path / "file.pt")
+    aside = ma.load_encoder(target, tmp_path / "file.pt")
+    assert same(source.state_dict(), target.state_dict(), 0)
+    assert aside and not any(key.startswith(("blocks", "patch_embed")) for key in aside)
+
+
+def test_positions_are_resampled_to_rectangles(tmp_path):
+    torch.save(small(image_size=16).state_dict(), tmp_path / "file.pt")
+    target = small(image_size=(12, 20))
+    ma.load_encoder(target, tmp_path / "file.pt")
+    old = ma.sincos_2d(8, 4)[1:].T.view(1, 8, 4, 4)
+    new = torch.nn.functional.interpolate(old, (3, 5), mode="bicubic", align_corners=False)
+    assert torch.allclose(target.pos_embed[0, 1:].T.view(1, 8, 3, 5), new, atol=1e-6)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path("evil-was-here").touch, ())
+
+
+def test_wrong_files_are_errors_and_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(small(depth=2).state_dict(), "shallow.pt")
+    torch.save({"student": Evil()}, "evil.pt")
+    Path("text.pt").write_text("no weights")
+    for file, says in (("shallow.pt", "blocks.2.norm1.weight"), ("evil.pt", "not read"),
+                       ("text.pt", "not read"), ("missing.pt", "missing.pt")):
+        with pytest.raises(ValueError, match=says):
+            ma.load_encoder(small(), file)
+    assert not Path("evil-was-here").exists()
+
+
+@pytest.mark.parametrize("patch, student_depth", [(16, 4), (14, 5)])
+def test_clip_teacher_from_a_file_in_open_clips_format(tmp_path, patch, student_depth):
+    import open_clip
+    name = f"ViT-test-{patch}"
+    (tmp_path / f"{name}.json").write_text(json.dumps(dict(
+        embed_dim=16, quick_gelu=True,
+        vision_cfg=dict(image_size=224, layers=3, width=128, patch_size=patch),
+        text_cfg=dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1))))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    network = open_clip.create_model(name)
+    torch.save(network.state_dict(), tmp_path / "clip.pt")
+    teacher = ma.load_teacher(name, str(tmp_path / "clip.pt"), levels=2)
+    assert teacher.grid == (14, 14) and teacher.image_size == (14 * patch, 14 * patch)
+    assert torch.equal(teacher.network.conv1.weight, network.visual.conv1.weight)
+    student = ma.vit("vit_tiny_patch16_224", depth=student_depth)
+    model, images = ma.MaskAlign(student, teacher), torch.rand(2, 3, 224, 224)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = model(images, *teacher(images), noise=torch.zeros(2, 196 + 2 * student_depth) + 0.5)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_student_file_loads_strictly_into_timm(teacher_file):
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=4,
+                                embed_dim=64, depth=4, num_heads=4).eval()
+    network.load_state_dict(weights(teacher_file.parent))
+    ours = ma.vit("vit_digits_patch4_32").eval()
+    ma.load_encoder(ours, teacher_file)
+    images = torch.rand(2, 3, 32, 32)
+    expected = network.forward_features(ma.normalise(images, *ma.IMAGENET_MEAN_STD))
+    assert torch.allclose(ours.norm(ours(images)[-1]), expected, atol=1e-5)
+
+
+# --- Classification -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_classifier_trains_all_or_the_head_alone(probe):
+    model = train.Classifier(small(), 5, probe).train()
+    model(torch.rand(4, 3, 12, 12)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert trained == {n for n, _ in model.named_parameters()
+                       if n.startswith("align.1") or not probe and "student.norm" not in n}
+
+
+@pytest.mark.parametrize("task", ["finetune", "probe"])
+def test_classification_resumes_bit_for_bit(tmp_path, teacher_file, task):
+    argv = ("--task", task, "--init", teacher_file, "--drop-path", 0.1, "--save-every", 4)
+    train.main(list(map(str, digits(tmp_path / "whole", *argv))))
+    real = train.learning_rate
+    try:
+        train.learning_rate = lambda step, *rest: real(step, *rest) if step < 7 else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            train.main(list(map(str, digits(tmp_path / "new", *argv))))
+    finally:
+        train.learning_rate = real
+    assert torch.load(tmp_path / "new" / "last.pt")["step"] == 4
+    train.main(list(map(str, digits(tmp_path / "new", *argv))))
+    whole, new = (torch.load(tmp_path / out / "last.pt") for out in ("whole", "new"))
+    for part in ("student", "align"):
+        assert same(whole[part], new[part], 0)
+    if task == "probe":
+        assert same(new["student"], torch.load(teacher_file), 0)
+
+
+# --- Folders and faults -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of 12 + 4 noisy colours; the names are long, spaced and not ASCII."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 12), ("val", 4)):
+        for label, colour in enumerate(((200, 20, 20), (20, 200, 20), (20, 20, 200))):
+            for i in range(count):
+                file = root / split / f"class {label} é" / f"{'long ' * 20}{i}.JPEG"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.effect_noise((60, 45), 90).convert("RGB").point(
+                    [min(255, v // 3 + c) for c in colour for v in range(256)]).save(file)
+    return root
+
+
+def on_folder(root, out, *more):
+    return ("--data", root, "--out", out, "--student", "vit_digits_patch4_32", "--teacher",
+            "vit_digits_patch4_32", "--teacher-weights", "random", "--levels", 3, "--batch-size", 12,
+            "--epochs", 4, "--warmup-epochs", 1, "--eval-every", 2, "--device", "cpu", *more)
+
+
+def test_two_ranks_on_a_folder_equal_one_and_workers_change_nothing(tmp_path, folder):
+    run(*on_folder(folder, tmp_path / "one", "--workers", 0))
+    run(*on_folder(folder, tmp_path / "three", "--workers", 3))
+    run(*on_folder(folder, tmp_path / "two", "--workers", 1), ranks=2)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "three"), 0)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-4)
+
+
+def test_unreadable_files_are_named_and_replaced(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "data")
+    for file in sorted((tmp_path / "data" / "train").rglob("*.JPEG"))[:3]:
+        file.write_bytes(file.read_bytes()[:200])
+    done = run(*on_folder(tmp_path / "data", tmp_path / "out", "--workers", 1))
+    assert done.stderr.count("unreadable") >= 3
+    assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])[
+        "unreadable"] == 3
+
+
+def test_kills_lose_nothing(tmp_path, folder):
+    argv = on_folder(folder, tmp_path / "killed", "--epochs", 60, "--save-every", 10, "--workers", 0)
+    run(*on_folder(folder, tmp_path / "whole", "--epochs", 60, "--workers", 0))
+    for delay in (0.3, 1.1):
+        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, argv)],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / "last.pt").exists():
+            time.sleep(0.1)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    run(*argv)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"), 0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").open()]
+    assert steps == list(range(10, 181, 10))
+
+
+def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monkeypatch, capsys):
+    argv = list(map(str, on_folder(folder, tmp_path / "out", "--workers", 0)))
+    train.main(argv)
+    last = tmp_path / "out" / "last.pt"
+    good = last.read_bytes()
+    last.write_bytes(good[:5000])
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    last.unlink()
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space")))
+    last.write_bytes(good)
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--out", str(tmp_path / "full")])
+    assert not (tmp_path / "full" / "last.pt").exists()
+    errors = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
+    assert len(errors) == 3 and "last.pt was not read" in errors[0]
+    assert "no last.pt" in errors[1] and "could not be written" in errors[2]
+
+
+def test_no_step_is_taken_with_a_loss_that_is_not_finite(tmp_path, folder, monkeypatch, capsys):
+    argv = list(map(str, on_folder(folder, tmp_path / "out", "--workers", 0, "--save-every", 4)))
+    real, calls, before = ma.MaskAlign.forward, [], {}
+
+    def forward(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            before.update({k: v.clone() for k, v in self.state_dict().items()})
+        loss = real(self, *args, **options)
+        after = self.state_dict()
+        assert len(calls) < 7 or all(torch.equal(before[k], after[k]) for k in before)
+        return loss * math.inf if len(calls) == 6 else loss
+    monkeypatch.setattr(train.MaskAlign, "forward", forward)
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert "non-finite loss or gradient in steps 5 to 8" in capsys.readouterr().err
+    assert len(calls) == 8 and torch.load(tmp_path / "out" / "last.pt")["step"] == 4
+
+
+def test_readme_points_at_the_right_lines():
+    lines = (HERE / "maskalign.py").read_text().splitlines()
+    rows = re.findall(r"\| `([\w.]+)` \| (\d+) \|", (HERE / "README.md").read_text())
+    assert len(rows) >= 8
+    for name, number in rows:
+        assert re.search(rf"(class|def) {name.split('.')[-1]}\b", lines[int(number) - 1]), name
 
 
 def test_line_budget():
