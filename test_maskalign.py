@@ -250,6 +250,15 @@ def test_parameter_groups_are_a_partition():
                          if p.requires_grad and (p.ndim == 1 or n == "align.matrix")}
 
 
+def test_layer_decay_scales_by_depth():
+    model = train.Classifier(small(), 5, probe=False)
+    scale = {id(p): g["scale"] for g in train.param_groups(model, 0.05, 0.5) for p in g["params"]}
+    for name, power in (("student.cls_token", 4), ("student.patch_embed.proj.weight", 4),
+                        ("student.blocks.0.attn.qkv.weight", 3), ("student.blocks.2.norm2.bias", 1),
+                        ("align.1.weight", 0)):
+        assert scale[id(model.get_parameter(name))] == 0.5 ** power
+
+
 def digits(out, *more):
     return ("--data", "digits:96", "--out", out, "--batch-size", 24, "--epochs", 3, "--device",
             "cpu", "--eval-every", 100, *more)
@@ -463,6 +472,21 @@ def test_two_ranks_on_a_folder_equal_one_and_workers_change_nothing(tmp_path, fo
     run(*on_folder(folder, tmp_path / "two", "--workers", 1), ranks=2)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "three"), 0)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-4)
+    logs = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").open()]
+            for out in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert all(one[key] == pytest.approx(two[key], rel=1e-3)
+                   for key in ("step", "epoch", "loss", "lr", "grad_norm", "knn") if key in one)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def half(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+    (tmp_path / "last.pt").write_bytes(b"old")
+    with pytest.raises(OSError, match="last.pt could not be written"):
+        train.write(tmp_path / "last.pt", half)
+    assert (tmp_path / "last.pt").read_bytes() == b"old"
 
 
 def test_unreadable_files_are_named_and_replaced(tmp_path, folder):
@@ -486,6 +510,8 @@ def test_kills_lose_nothing(tmp_path, folder):
         time.sleep(delay)
         process.kill()
         process.wait()
+    with open(tmp_path / "killed" / "log.jsonl", "a") as file:  # as killed before the checkpoint
+        file.write('{"step": 175, "loss": 0}\n{"step": 18')
     run(*argv)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"), 0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").open()]
@@ -524,7 +550,8 @@ def test_no_step_is_taken_with_a_loss_that_is_not_finite(tmp_path, folder, monke
         loss = real(self, *args, **options)
         after = self.state_dict()
         assert len(calls) < 7 or all(torch.equal(before[k], after[k]) for k in before)
-        return loss * math.inf if len(calls) == 6 else loss
+        # the gradient of this is finite, and yet no step may follow
+        return loss + math.inf if len(calls) == 6 else loss
     monkeypatch.setattr(train.MaskAlign, "forward", forward)
     with pytest.raises(SystemExit):
         train.main(argv)
