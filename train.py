@@ -111,8 +111,7 @@ def open_data(args, size):
     if classes and (root / "val").is_dir():
         if odd := set(find_classes(root / "val")[0]) - set(classes):
             raise ValueError(f"--data: {root}/val has classes that train lacks: {sorted(odd)[:3]}")
-        pairs = make_dataset(root / "val", numbers, endings, allow_empty=True)
-        val = Folder(pairs, classes, size, 0)
+        val = Folder(make_dataset(root / "val", numbers, endings, None, True), classes, size, 0)
     bank, area = Folder(files, classes, size, 0), (0.2 if args.task == "pretrain" else 0.08, 1.0)
     bank.__getitems__([(0, 0)])  # a folder of unreadable images is an error now, not in an hour
     return Folder(files, classes, size, args.seed, area, args.task == "finetune"), bank, val
@@ -127,9 +126,8 @@ def sample_keys(count, seed, positions):
     return [(p // count, epoch[p % count]) for p, epoch in zip(positions, order)]
 
 def loader(source, batches, args, device):
-    return torch.utils.data.DataLoader(
-        source, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+    return torch.utils.data.DataLoader(source, batch_sampler=batches, collate_fn=tuple,
+                                       num_workers=args.workers, pin_memory=device.type == "cuda")
 
 # --- What is trained ----------------------------------------------------------------------------
 class Classifier(nn.Module):
@@ -252,13 +250,14 @@ def train(args):
     betas, smoothing = (0.9, 0.95 if teacher else 0.999), 0.1 * (args.task == "finetune")
     optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
         torch.optim.AdamW(groups, betas=betas, fused=True))
+    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(data.classes or "-"))
+                           for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
     # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
     scale = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
     scaler = torch.amp.GradScaler(device.type, scale[0], growth_interval=scale[1])
     settings = {key: vars(args)[key] for key in vars(args).keys() - FREE} | dict(images=count)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
-    done = restore(out / "last.pt", kept, settings)
-    log = out / "log.jsonl"
+    done, log = restore(out / "last.pt", kept, settings), out / "log.jsonl"
     if log.exists() and not (out / "last.pt").exists():
         raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
     lines = log.read_text().splitlines(True) if log.exists() else []
@@ -279,9 +278,8 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
         save()  # before the log: a log without last.pt is an error to the other ranks
         write(log, lambda file: file.write("".join(lines).encode()))
-    run, observe = model, teacher
-    if cuda if args.compile is None else args.compile:
-        run, observe = torch.compile(model), teacher and torch.compile(teacher)
+    wrap = torch.compile if (cuda if args.compile is None else args.compile) else lambda x: x
+    run, observe = wrap(model), teacher and wrap(teacher)
     if world > 1:
         run = nn.parallel.DistributedDataParallel(run)
     firsts = (step * batch + rank * share + at
@@ -308,6 +306,9 @@ def train(args):
                 print(f"unreadable, its neighbour stands in: {name} ({bad[name]})", file=sys.stderr)
             named |= bad.keys()
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            if smoothing and isinstance(data, Folder):
+                torch.default_generator.manual_seed(seed_of(args.seed, "mix", done, rank, part))
+                images, labels = mix(images / 255, labels)
             seen = observe(images) if teacher else ()
             run.require_backward_grad_sync = part == parts - 1  # of DDP, as its no_sync() does
             with torch.autocast(device.type, dtype, enabled=amp != "off"):
@@ -349,7 +350,6 @@ def train(args):
         if rank == 0 and saves:
             save()
         meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
-    bar.close()
     return model, teacher, bank, val, record
 
 # --- The command line ---------------------------------------------------------------------------
