@@ -463,7 +463,8 @@ def folder(tmp_path_factory):
 def on_folder(root, out, *more):
     return ("--data", root, "--out", out, "--student", "vit_digits_patch4_32", "--teacher",
             "vit_digits_patch4_32", "--teacher-weights", "random", "--levels", 3,
-            "--batch-size", 12, "--epochs", 4, "--warmup-epochs", 1, "--eval-every", 2, "--device", "cpu", *more)
+            "--batch-size", 12, "--epochs", 4, "--warmup-epochs", 1, "--eval-every", 2,
+            "--device", "cpu", *more)
 
 
 def test_two_ranks_on_a_folder_equal_one_and_workers_change_nothing(tmp_path, folder):
