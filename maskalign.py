@@ -1,5 +1,4 @@
 """MaskAlign: masked image modelling by alignment, without reconstruction.
-
 Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023, arXiv
 2211.08887, in its order: 3.1 model, 3.2 masking, 3.3 alignment; MaskAlign.forward is its figure.
 
@@ -89,8 +88,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
         self.apply(initialise)
     def gates(self, batch, noise, device):
-        """Drop path: noise [B,2S] or None -> for each block two gates [B,1,1], which are 0 with
-        the block's probability p, else 1/(1−p); 1 in eval mode."""
+        """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 with probability p, or 1/(1−p)."""
         if not self.training or not any(self.drop_rates):
             return [torch.ones(2, 1, 1, 1, device=device)] * len(self.blocks)
         noise = torch.rand(batch, 2 * len(self.blocks), device=device) if noise is None else noise

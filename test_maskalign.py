@@ -440,6 +440,11 @@ def test_classification_resumes_bit_for_bit(tmp_path, teacher_file, task):
     whole, new = (torch.load(tmp_path / out / "last.pt") for out in ("whole", "new"))
     for part in ("student", "align"):
         assert same(whole[part], new[part], 0)
+    best = torch.load(tmp_path / "new" / "best.pt")
+    top1 = [json.loads(line)["top1"] for line in (tmp_path / "new" / "log.jsonl").open()
+            if "top1" in line]
+    assert best.keys() == train.Classifier(ma.vit("vit_digits_patch4_32"), 10,
+                                           task == "probe").state_dict().keys() and max(top1) > 0
     if task == "probe":
         assert same(new["student"], torch.load(teacher_file), 0)
 
@@ -498,6 +503,14 @@ def test_unreadable_files_are_named_and_replaced(tmp_path, folder):
     assert done.stderr.count("unreadable") >= 3
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])[
         "unreadable"] == 3
+
+
+def test_a_few_unreadable_files_are_an_error_not_a_hang(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        train.main(list(map(str, on_folder(tmp_path, tmp_path / "out"))))
+    assert "3 files are unreadable" in capsys.readouterr().err
 
 
 def test_kills_lose_nothing(tmp_path, folder):

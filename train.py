@@ -43,9 +43,8 @@ def seed_of(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 class Digits:
-    """Ten classes of rendered digits of a size (height, width); `fixed`: the same in all epochs.
-    Like every source it takes keys (epoch, index) -> images uint8 [b,3,H,W], labels [b] and the
-    {file: reason} of what was unreadable and replaced."""
+    """Rendered digits of a size (H, W), in all epochs the same if `fixed`. As from every source:
+    keys (epoch, index) -> images uint8 [b,3,H,W], labels [b], {file: reason} of the unreadable."""
     def __init__(self, count, size, seed, fixed):
         self.names, self.classes, self.glyphs = range(count), list("0123456789"), []
         self.size, self.seed, self.fixed = size, seed, fixed
@@ -90,7 +89,7 @@ class Folder:
                 except Exception as error:  # a bad file can raise nearly anything
                     bad[self.names[index]] = repr(error)
                     index = (index + 1) % len(self.names)  # its neighbour stands in
-                if len(bad) > max(10, len(self.names) // 100):
+                if len(bad) > min(len(self.names) - 1, max(10, len(self.names) // 100)):
                     raise ValueError(f"{len(bad)} files are unreadable: {list(bad.items())[:3]}")
             labels.append(self.labels[index])
         return torch.stack(images), torch.tensor(labels), bad
@@ -288,6 +287,7 @@ def train(args):
     stream, named = iter(loader(data, batches, args, device)), set()
     columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
     health, meter = torch.ones((), device=device), torch.zeros((), device=device)
+    best = max([json.loads(line).get("top1", 0) for line in lines], default=0)
     logged, waited, since = done, 0.0, time.perf_counter()
     bar = tqdm(total=steps, initial=done, disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -342,6 +342,9 @@ def train(args):
         if val and (rounds[0] < rounds[1] or done == steps):
             record |= evaluate(model, bank, val, args, device)
             model.train()
+        if rank == 0 and record.get("top1", 0) > best:
+            best = record["top1"]
+            write(out / "best.pt", lambda file: torch.save(model.state_dict(), file))
         bar.set_postfix_str(" ".join(f"{k} {value:.3g}" for k, value in record.items()), False)
         bar.update(fresh)
         if rank == 0:
@@ -352,7 +355,6 @@ def train(args):
         meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
     return model, teacher, bank, val, record
 
-# --- The command line ---------------------------------------------------------------------------
 def demo(args):
     """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
     train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
