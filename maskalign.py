@@ -88,7 +88,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
         self.apply(initialise)
     def gates(self, batch, noise, device):
-        """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 with probability p, or 1/(1−p)."""
+        """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 by chance p, or 1/(1−p)."""
         if not self.training or not any(self.drop_rates):
             return [torch.ones(2, 1, 1, 1, device=device)] * len(self.blocks)
         noise = torch.rand(batch, 2 * len(self.blocks), device=device) if noise is None else noise
