@@ -125,10 +125,11 @@ def sample_keys(count, seed, positions):
     return [(p // count, epoch[p % count]) for p, epoch in zip(positions, order)]
 
 def loader(source, batches, args, device):
-    return torch.utils.data.DataLoader(source, batch_sampler=batches, collate_fn=tuple,
-                                       num_workers=args.workers, pin_memory=device.type == "cuda")
+    method = "forkserver" if args.workers else None  # to fork a process with threads can hang
+    return torch.utils.data.DataLoader(
+        source, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
+        pin_memory=device.type == "cuda", multiprocessing_context=method)
 
-# --- What is trained ----------------------------------------------------------------------------
 class Classifier(nn.Module):
     """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
     def __init__(self, student, classes, probe):
@@ -355,8 +356,7 @@ def train(args):
         meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
     return model, teacher, bank, val, record
 
-def demo(args):
-    """Digits without downloads: a teacher with labels, a student by MaskAlign without."""
+def demo(args):  # a teacher with labels, a student without
     train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
     args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
     model, teacher, bank, val, record = train(args)
