@@ -1,4 +1,5 @@
 """Properties of maskalign.py and train.py; sizes are drawn pairwise distinct."""
+import copy
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import timm
 import torch
@@ -580,6 +583,33 @@ def test_readme_points_at_the_right_lines():
     assert len(rows) >= 8
     for name, number in rows:
         assert re.search(rf"(class|def) {name.split('.')[-1]}\b", lines[int(number) - 1]), name
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(HERE / "tutorial.ipynb", 4)
+
+
+def test_tutorial_runs(notebook, tmp_path, monkeypatch):
+    """In a short version, by a real kernel, in a directory that holds nothing else."""
+    for name in ("maskalign.py", "train.py"):
+        shutil.copy(HERE / name, tmp_path)
+    monkeypatch.setenv("LENGTH", "0.02")
+    client = nbclient.NotebookClient(copy.deepcopy(notebook), timeout=300, kernel_name="python3",
+                                     resources=dict(metadata=dict(path=str(tmp_path))))
+    client.execute()  # raises at the first error
+    pictures = [output for cell in client.nb.cells for output in cell.get("outputs", [])
+                if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 10
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["maskalign.py", "train.py"]
+
+
+def test_tutorial_is_committed_as_one_run(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(len(cell.source.splitlines()) <= 20 for cell in cells)
+    assert len(json.dumps([cell.outputs for cell in cells])) < 2e6
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
 
 
 def test_line_budget():
