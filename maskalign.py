@@ -9,7 +9,7 @@ Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible p
 Masks     are indices `keep` [B,V] of the VISIBLE patches. Noise is uniform in [0,1) and optional.
 `Deviation:` marks departures from paper and official code. Errors of use are ValueErrors.
 """
-import math, warnings
+import math, warnings, zipfile
 from collections import OrderedDict
 from fractions import Fraction
 import torch
@@ -98,15 +98,11 @@ class ViT(nn.Module):
         """Images [B,3,H,W], keep [B,V] or None for all patches, noise [B,2S] -> list of S tensors
         [B,1+V,D]: every block's output, without a final norm."""
         images = normalise(images, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
-        p, conv = self.patch_size, self.patch_embed["proj"]
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        cls, position = (x.expand(len(images), -1, -1) for x in (self.cls_token, self.pos_embed))
-        if keep is not None:  # before the embedding, so that a dropped patch costs nothing
-            patches = patches.gather(1, repeat(keep, "b v -> b v c", c=patches.shape[-1]))
-            position = take(position, keep)
-        # timm's convolution, on patches that are cut out already
-        patches = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        x, levels = torch.cat([cls, patches], dim=1) + position, []
+        patches = rearrange(self.patch_embed["proj"](images), "b d h w -> b (h w) d")
+        cls = self.cls_token.expand(len(images), -1, -1)
+        x, levels = torch.cat([cls, patches], dim=1) + self.pos_embed, []
+        if keep is not None:  # before the first block, so that a dropped patch costs nothing there
+            x = take(x, keep)
         for block, gates in zip(self.blocks, self.gates(len(images), noise, images.device)):
             x = block(x, gates)
             levels.append(x)
@@ -130,9 +126,11 @@ def read_weights(source):
     try:
         if str(source).startswith("https://"):
             return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(source) and (part := zipfile.ZipFile(source).testzip()):
+            raise ValueError(f"damaged in {part}")  # a checksum, which torch.load does not look at
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{source} was not read or downloaded; pass a file: {str(error)[:99]}")
+        raise ValueError(f"{source} was not read or downloaded; use another: {str(error)[:99]}")
 
 def resample(positions, grid):
     """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns)."""
@@ -155,7 +153,7 @@ def load_encoder(network, source):
         state["pos_embed"] = resample(state["pos_embed"], network.grid)
         network.load_state_dict(state)
     except Exception as error:
-        raise ValueError(f"{source} does not fit the encoder: {error}")
+        raise ValueError(f"{source} does not fit the encoder: {str(error)[:500]}")
     return aside
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
@@ -213,22 +211,17 @@ def load_teacher(name, weights=None, levels=5):
             load_encoder(network, DINO if weights == "dino" else weights)
         return Teacher(network, levels)
     import open_clip  # takes seconds
-    if name not in (known := open_clip.list_models()):
-        raise ValueError(f"unknown teacher {name!r}; there are {', '.join([*VITS, *known])}")
     # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
-    plain = name.removesuffix("-quickgelu")
-    fits = [model for model in (plain, f"{plain}-quickgelu") if weights and (entry :=
-            open_clip.get_pretrained_cfg(model, weights)) and entry.get("quick_gelu", False)
-            == open_clip.get_model_config(model).get("quick_gelu", False)]
-    if fits and name not in fits:
-        raise ValueError(f"weights {weights!r} are not of {name}'s activation; use {fits[0]}")
+    entry = open_clip.get_pretrained_cfg(name, weights or "")
+    if entry and entry.get("quick_gelu") != open_clip.get_model_config(name).get("quick_gelu"):
+        plain = name.removesuffix("-quickgelu")
+        raise ValueError(f"{weights!r} are weights of the other of {plain} and {plain}-quickgelu")
     try:
         network = open_clip.create_model(name, pretrained=weights).visual
+        network.blocks, network.grid = network.transformer.resblocks, network.grid_size
     except Exception as error:
-        raise ValueError(f"{weights} of {name} was not read or downloaded; pass a FILE: {error}")
-    if not hasattr(network, "class_embedding"):
-        raise ValueError(f"teacher {name} is not a ViT with a [CLS] token")
-    network.blocks, network.grid = network.transformer.resblocks, network.grid_size
+        raise ValueError(f"teacher {name} is no known ViT with a [CLS] token, or {weights} was not "
+                         f"read or downloaded; pass a FILE: {str(error)[:500]}")
     if network.patch_size[0] == 14:  # as 16 of the student's: 224 -> 196 pixels, 16x16 -> 14x14
         network.image_size = tuple(side * 14 // 16 for side in network.image_size)
         network.grid = tuple(side // 14 for side in network.image_size)

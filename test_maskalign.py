@@ -310,7 +310,7 @@ def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file):
 
 @pytest.mark.parametrize("argv, says", [
     (("--data", "/nowhere"), "no such folder"),
-    (("--teacher", "nope"), "unknown teacher"),
+    (("--teacher", "nope"), "teacher nope is no known ViT"),
     (("--student", "nope"), "unknown ViT"),
     (("--mask-ratio", "0.999"), "no visible patch"),
     (("--levels", "9"), "levels"),
@@ -541,9 +541,12 @@ def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monke
     train.main(argv)
     last = tmp_path / "out" / "last.pt"
     good = last.read_bytes()
-    last.write_bytes(good[:5000])
-    with pytest.raises(SystemExit):
-        train.main(argv)
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
+    for damaged in (good[:5000], flipped):
+        last.write_bytes(damaged)
+        with pytest.raises(SystemExit):
+            train.main(argv)
     last.unlink()
     with pytest.raises(SystemExit):
         train.main(argv)
@@ -553,8 +556,8 @@ def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monke
         train.main([*argv, "--out", str(tmp_path / "full")])
     assert not (tmp_path / "full" / "last.pt").exists()
     errors = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
-    assert len(errors) == 3 and "last.pt was not read" in errors[0]
-    assert "no last.pt" in errors[1] and "could not be written" in errors[2]
+    assert len(errors) == 4 and all("last.pt was not read" in line for line in errors[:2])
+    assert "no last.pt" in errors[2] and "could not be written" in errors[3]
 
 
 def test_no_step_is_taken_with_a_loss_that_is_not_finite(tmp_path, folder, monkeypatch, capsys):
