@@ -87,13 +87,13 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
         self.apply(initialise)
-    def gates(self, batch, noise, device):
+    def gates(self, images, noise):
         """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 by chance p, or 1/(1−p)."""
-        if not self.training or not any(self.drop_rates):
-            return [torch.ones(2, 1, 1, 1, device=device)] * len(self.blocks)
-        noise = torch.rand(batch, 2 * len(self.blocks), device=device) if noise is None else noise
+        rates = [p * self.training for p in self.drop_rates]
+        if noise is None:
+            noise = torch.rand(len(images), 2 * len(rates), device=images.device)
         noise = rearrange(noise, "b (s two) -> s two b 1 1", two=2)
-        return [(u >= p) / (1 - p) for u, p in zip(noise, self.drop_rates)]
+        return [(u >= p).to(images.dtype) / (1 - p) for u, p in zip(noise, rates)]
     def forward(self, images, keep=None, noise=None):
         """Images [B,3,H,W], keep [B,V] or None for all patches, noise [B,2S] -> list of S tensors
         [B,1+V,D]: every block's output, without a final norm."""
@@ -103,7 +103,7 @@ class ViT(nn.Module):
         x, levels = torch.cat([cls, patches], dim=1) + self.pos_embed, []
         if keep is not None:  # before the first block, so that a dropped patch costs nothing there
             x = take(x, keep)
-        for block, gates in zip(self.blocks, self.gates(len(images), noise, images.device)):
+        for block, gates in zip(self.blocks, self.gates(images, noise)):
             x = block(x, gates)
             levels.append(x)
         return levels

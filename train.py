@@ -4,18 +4,18 @@
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
     python train.py --task finetune --init out/student.pt --data /imagenet        # or --task probe
 
---data is a folder with train/ and val/ of one folder per class, any folder of images, or "digits"
-(rendered as needed; "digits:N" for N fixed ones). A run that finds its --out/last.pt resumes it.
+--data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
+as needed), digits:N (N of them) or synthetic (noise on the device). --out/last.pt is resumed.
 """
-import argparse, atexit, functools, hashlib, json, logging, math, os, sys, time
+import argparse, atexit, functools, hashlib, itertools, json, logging, math, os, sys, time
 from pathlib import Path
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from timm.utils import accuracy
+from torch import distributed as dist, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 from maskalign import MaskAlign, load_encoder, load_teacher, read_weights, vit, whiten
@@ -31,8 +31,8 @@ RECIPES = {  # each default stands here, once: paper.md's for ViT-B on ImageNet,
     "digits": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0)}  # all tasks
 COMMON = dict(
     data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0, micro_batch=256,
-    teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, mask="attentive",
-    mask_ratio=0.7, save_every=1000, workers=None, amp=None, compile=None, device=None)
+    teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, mask="attentive", amp=None,
+    mask_ratio=0.7, save_every=1000, compile=None, device=None, workers=min(16, os.cpu_count()))
 DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
 CHOICES = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
 FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
@@ -47,7 +47,7 @@ class Digits:
     keys (epoch, index) -> images uint8 [b,3,H,W], labels [b], {file: reason} of the unreadable."""
     def __init__(self, count, size, seed, fixed):
         self.names, self.classes, self.glyphs = range(count), list("0123456789"), []
-        self.size, self.seed, self.fixed = size, seed, fixed
+        self.size, self.seed, self.fixed, self.limit = size, seed, fixed, 0
         for digit in self.classes:
             glyph, font = Image.new("L", size[::-1]), ImageFont.load_default(size[0] * 7 / 8)
             ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), digit, 255, font, "mm")
@@ -67,68 +67,81 @@ class Digits:
         ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
         return ((ground + alpha * (ink - ground)) * 255).round().byte(), labels, {}
 
+def as_seen(image):
+    """A Pillow image -> RGB as a viewer shows it: upright, on white, 16-bit grey in its range."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
 class Folder:
-    """Images of (file, label) pairs, randomly cropped to a share `area` (least, most) and flipped,
-    and with RandAugment and erasing if `augment`; without `area` the centre is cropped."""
-    def __init__(self, files, classes, size, seed, area=None, augment=False):
-        (self.names, self.labels), self.classes, self.seed = zip(*files), classes, seed
+    """Images of (file, class) pairs, at random cropped, flipped and more for a task; or centred."""
+    def __init__(self, files, classes, size, seed, task=None):
+        (self.names, names), self.classes, self.size, self.seed = zip(*files), classes, size, seed
+        self.labels = [classes.get(name, 0) for name in names]
+        self.limit = min(len(files) - 1, max(10, len(files) // 100))  # of unreadable files
+        area = (0.2 if task == "pretrain" else 0.08, 1.0)
         crop = [v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC),
-                v2.RandomHorizontalFlip()] if area else [
+                v2.RandomHorizontalFlip()] if task else [
                     v2.Resize(min(size) * 256 // 224, Image.BICUBIC), v2.CenterCrop(size)]
-        more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if augment else []
-        self.transform = v2.Compose([*crop, v2.PILToTensor(), *more])
+        more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
+        self.augment = v2.Compose([*crop, v2.PILToTensor(), *more])
     def __getitems__(self, keys):
-        images, labels, bad = [], [], {}
-        for epoch, index in keys:
+        images = torch.zeros(len(keys), 3, *self.size, dtype=torch.uint8)
+        labels, bad = torch.zeros(len(keys), dtype=torch.long), {}
+        for row, (epoch, index) in enumerate(keys):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            while len(images) == len(labels):
+            while len(bad) <= self.limit:  # beyond it the run stops
                 try:
                     with Image.open(self.names[index]) as image:
-                        image = ImageOps.exif_transpose(image).convert("RGB")
-                        images.append(self.transform(image))
+                        image.draft(None, [4 * side for side in self.size])  # JPEG: at 1/2 to 1/8
+                        images[row], labels[row] = self.augment(as_seen(image)), self.labels[index]
+                    break
                 except Exception as error:  # a bad file can raise nearly anything
                     bad[self.names[index]] = repr(error)
                     index = (index + 1) % len(self.names)  # its neighbour stands in
-                if len(bad) > min(len(self.names) - 1, max(10, len(self.names) // 100)):
-                    raise ValueError(f"{len(bad)} files are unreadable: {list(bad.items())[:3]}")
-            labels.append(self.labels[index])
-        return torch.stack(images), torch.tensor(labels), bad
+        return images, labels, bad
+
+def scan(root):
+    """A folder -> sorted (file, split, class) of the images in root/split/class or below."""
+    found = ((os.path.join(folder, name), *(*Path(folder).relative_to(root).parts, "", "")[:2])
+             for folder, _, names in os.walk(root, followlinks=True) for name in names
+             if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
+    return sorted(tqdm(found, f"scanning {root}", unit=" images", delay=2))
 
 def open_data(args, size):
     """--data -> training source, the same without augmentation, labelled val source or None."""
     kind, _, count = args.data.partition(":")
-    if kind == "digits":
+    if kind in ("digits", "synthetic"):
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
-        return train, bank, Digits(1000, size, -1, True)
-    root, endings, val = Path(args.data), IMG_EXTENSIONS + (".gif",), None
-    # a class named "" is the folder itself, with all that lies below it
-    classes, numbers = find_classes(root / "train") if (root / "train").is_dir() else ([], {"": 0})
-    files = make_dataset(root / "train" if classes else root, numbers, endings, None, not classes)
+        return train, bank, Digits(1000, size, -1, True) if kind == "digits" else None
+    found = [scan(args.data) if os.environ.get("RANK", "0") == "0" else None]
+    if dist.is_initialized():  # a network disk may show each rank another folder
+        dist.broadcast_object_list(found)
+    files, val = ([(file, name) for file, split, name in found[0] if split == part and name]
+                  for part in ("train", "val"))
+    classes = {name: i for i, name in enumerate(sorted({name for _, name in files}))}
+    if not classes:
+        files, val = [(file, "") for file, _, _ in found[0]], []
     if not files:
-        raise ValueError(f"--data: there is no such folder, or no image in it: {root}")
-    if classes and (root / "val").is_dir():
-        if odd := set(find_classes(root / "val")[0]) - set(classes):
-            raise ValueError(f"--data: {root}/val has classes that train lacks: {sorted(odd)[:3]}")
-        val = Folder(make_dataset(root / "val", numbers, endings, None, True), classes, size, 0)
-    bank, area = Folder(files, classes, size, 0), (0.2 if args.task == "pretrain" else 0.08, 1.0)
-    bank.__getitems__([(0, 0)])  # a folder of unreadable images is an error now, not in an hour
-    return Folder(files, classes, size, args.seed, area, args.task == "finetune"), bank, val
+        raise ValueError(f"--data: there is no such folder, or no image in it: {args.data}")
+    if odd := {name for _, name in val} - classes.keys():
+        raise ValueError(f"--data: val has classes that train lacks: {sorted(odd)[:3]}")
+    return (Folder(files, classes, size, args.seed, args.task), Folder(files, classes, size, 0),
+            Folder(val, classes, size, 0) if val else None)
 
 @functools.lru_cache(maxsize=2)
-def permutation(count, seed):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-def sample_keys(count, seed, positions):
-    """Positions in an endless stream of permuted epochs -> keys (epoch, index)."""
-    order = [permutation(count, seed_of(seed, "order", p // count)) for p in positions]
-    return [(p // count, epoch[p % count]) for p, epoch in zip(positions, order)]
+def order(count, seed, epoch):
+    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+    return torch.randperm(count, generator=generator).tolist()
 
 def loader(source, batches, args, device):
-    method = "forkserver" if args.workers else None  # to fork a process with threads can hang
-    return torch.utils.data.DataLoader(
-        source, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
-        pin_memory=device.type == "cuda", multiprocessing_context=method)
+    yield from torch.utils.data.DataLoader(  # workers by fork could hang where threads are
+        source, batch_sampler=batches, collate_fn=tuple, pin_memory=device.type == "cuda",
+        num_workers=args.workers, multiprocessing_context="forkserver" if args.workers else None)
 
 class Classifier(nn.Module):
     """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
@@ -143,8 +156,8 @@ class Classifier(nn.Module):
         return self.align(self.student(images, noise=noise)[-1][:, 1:].mean(dim=1))
 
 def param_groups(model, weight_decay, layer_decay=1.0):
-    """Trainable parameters in groups by learning-rate scale and weight decay. None for 1-D
-    parameters and W; layer l of S is scaled by layer_decay^(S+1−l), the rest by 1."""
+    """Trainable parameters in groups by learning-rate scale, layer_decay^(S+1−l) for layer l of S
+    and 1 for the rest, and weight decay, 0 for 1-D parameters and W."""
     depth, groups = len(model.student.blocks), {}
     for name, parameter in model.named_parameters():
         part, inner, number = f"{name}..".split(".")[:3]
@@ -173,29 +186,19 @@ def knn(encoder, bank, val, args, device):
     """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
     patch tokens of the last block, whitened; votes weighed by exp(cosine / temperature)."""
     feature = lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
-    (keys, classes), (queries, truth) = (outputs(feature, s, args, device) for s in (bank, val))
-    right = 0
-    for query, label in zip(queries.split(256), truth.split(256)):
-        cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)), dim=1)
-        votes = F.one_hot(classes[index]) * (cosine / KNN["temperature"]).exp()[..., None]
-        right += (votes.sum(dim=1).argmax(dim=1) == label).sum().item()
-    return 100 * right / len(truth)
-
-def evaluate(model, bank, val, args, device):
-    """-> results in percent: knn for pre-training, else top1 and top5."""
-    model.eval()
-    if args.task == "pretrain":
-        return dict(knn=knn(model.student, bank, val, args, device))
-    logits, truth = outputs(model, val, args, device)
-    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]).float()
-    return dict(top1=100 * hits[:, 0].mean().item(), top5=100 * hits.sum(1).mean().item())
+    keys, classes = outputs(feature, bank, args, device)
+    def votes(images):
+        cosine, index = (feature(images) @ keys.T).topk(min(KNN["k"], len(keys)), dim=1)
+        none = keys.new_zeros(len(images), len(bank.classes))
+        return none.scatter_add(1, classes[index], (cosine / KNN["temperature"]).exp())
+    return accuracy(*outputs(votes, val, args, device))[0].item()
 
 # --- The one loop -------------------------------------------------------------------------------
-def write(path, dump):
-    """dump(file) to a file, whole or not at all."""
+def write(path, content):
+    """Save a file whole or not at all."""
     try:
         with open(f"{path}.part", "wb") as file:
-            dump(file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
@@ -208,8 +211,7 @@ def build(args, device, dtype):
     student, teacher = vit(args.student, drop_path=args.drop_path), None
     sources = open_data(args, student.image_size)
     if args.init:
-        aside = {key.split(".")[0] for key in load_encoder(student, args.init)}
-        print(f"{args.init} left aside: {sorted(aside)}")
+        print(args.init, "left aside:", {k.split(".")[0] for k in load_encoder(student, args.init)})
     if args.task == "pretrain":
         weights = None if args.teacher_weights == "random" else args.teacher_weights
         teacher = load_teacher(args.teacher, weights, args.levels).to(device, dtype)
@@ -219,18 +221,6 @@ def build(args, device, dtype):
     else:
         model = Classifier(student, len(sources[0].classes), args.task == "probe")
     return model.to(device).train(), teacher, sources
-
-def restore(path, parts, settings):
-    """Load last.pt, if there is one, into the parts -> step. Raises if its settings differ."""
-    if not path.exists():
-        return 0
-    last = read_weights(path)
-    before = last.get("arguments", {})
-    if odd := [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]:
-        raise ValueError(f"{path} is of a run with other arguments, repeat these: {', '.join(odd)}")
-    for name, part in parts.items():
-        part.load_state_dict(last[name])
-    return last["step"]
 
 def train(args):
     """Run one task -> (model, teacher, bank, val, last record of the log)."""
@@ -246,68 +236,76 @@ def train(args):
     model, teacher, (data, bank, val) = build(args, device, dtype)
     count, parts, epoch = len(data.names), share // micro, len(data.names) / batch  # epoch: steps
     steps, warmup = max(1, int(args.epochs * epoch)), int(args.warmup_epochs * epoch)
+    rate = lambda step: learning_rate(step, steps, warmup, args.blr * batch / 256, args.min_lr)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    betas, smoothing = (0.9, 0.95 if teacher else 0.999), 0.1 * (args.task == "finetune")
     optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
-        torch.optim.AdamW(groups, betas=betas, fused=True))
-    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(data.classes or "-"))
-                           for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
+        torch.optim.AdamW(groups, betas=(0.9, 0.95 if teacher else 0.999), fused=True))
     # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
-    scale = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
-    scaler = torch.amp.GradScaler(device.type, scale[0], growth_interval=scale[1])
+    scaler = torch.amp.GradScaler(device.type, 2.0 ** 16 if amp == "fp16" else 1.0,
+                                  growth_interval=2000 if amp == "fp16" else 2 ** 31 - 1)
+    smoothing = 0.1 * (args.task == "finetune")
+    mix = smoothing and isinstance(data, Folder) and v2.RandomChoice([
+        f(alpha=a, num_classes=len(data.classes)) for f, a in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
     settings = {key: vars(args)[key] for key in vars(args).keys() - FREE} | dict(images=count)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
-    done, log = restore(out / "last.pt", kept, settings), out / "log.jsonl"
-    if log.exists() and not (out / "last.pt").exists():
-        raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
-    lines = log.read_text().splitlines(True) if log.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-    if done >= steps:
-        print(f"{out} holds a finished run of {steps} steps")
-        return model, teacher, bank, val, json.loads(lines[-1])
+    done, log, bad = 0, [], {}
     def save():
         state = {name: part.state_dict() for name, part in kept.items()}
-        write(out / "student.pt", lambda file: torch.save(state["student"], file))
-        state |= dict(step=done, arguments=settings)
-        write(out / "last.pt", lambda file: torch.save(state, file))
+        write(out / "student.pt", state["student"])
+        write(out / "last.pt", state | dict(step=done, log=log, bad=bad, arguments=settings))
+    if rank == 0 and not (out / "last.pt").exists():
+        if (out / "log.jsonl").exists():
+            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        save()
+    if world > 1:
+        dist.barrier()
+    last = read_weights(out / "last.pt")  # a new run's, too
+    old = last.get("arguments", {})
+    if odd := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
+        raise ValueError(f"{out}/last.pt is of a run with other arguments, repeat these: {odd}")
+    for name, part in kept.items():
+        part.load_state_dict(last.pop(name))
+    done, log, bad = last["step"], last["log"], last["bad"]
+    sink = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)  # by the line
+    sink.writelines(json.dumps(record) + "\n" for record in log)
     if rank == 0:
         print(f"{args.task}: {args.student}; teacher {teacher and args.teacher}; {count} images of "
-              f"{args.data}; {steps} steps, from {done}, of {batch} images = {world} processes x "
-              f"{parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device}, amp {amp}; "
-              f"{'evaluated on val' if val else 'no labelled val, no evaluation'}", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        save()  # before the log: a log without last.pt is an error to the other ranks
-        write(log, lambda file: file.write("".join(lines).encode()))
-    wrap = torch.compile if (cuda if args.compile is None else args.compile) else lambda x: x
-    run, observe = wrap(model), teacher and wrap(teacher)
-    if world > 1:
-        run = nn.parallel.DistributedDataParallel(run)
-    firsts = (step * batch + rank * share + at
-              for step in range(done, steps) for at in range(0, share, micro))
-    batches = (sample_keys(count, args.seed, range(first, first + micro)) for first in firsts)
-    stream, named = iter(loader(data, batches, args, device)), set()
+              f"{args.data}; {steps} steps, {f'from {done}' if done < steps else 'finished'}, of "
+              f"{batch} images = {world} processes x {parts} x {micro}; lr {rate(warmup):.2e}; "
+              f"{device}, amp {amp}; {'' if val else 'no '}evaluation on val", flush=True)
+    run, observe = model, teacher
+    if cuda if args.compile is None else args.compile:
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+            run, observe = torch.compile(model), teacher and torch.compile(teacher)
+        except Exception as error:
+            print(f"no compiler works here, so nothing is compiled: {str(error)[:200]}")
+    run = nn.parallel.DistributedDataParallel(run) if world > 1 else run
+    def keys(step, rank):  # a step's images are the same at any number of processes
+        places = range(step * batch, (step + 1) * batch)[rank * share:][:share]
+        return [(at // count, order(count, args.seed, at // count)[at % count]) for at in places]
+    stream = loader(data, (keys(step, rank)[at:at + micro] for step in range(done, steps)
+                           for at in range(0, share, micro)), args, device)
+    if args.data.startswith("synthetic"):
+        images = torch.randint(256, (micro, 3, *data.size), dtype=torch.uint8, device=device)
+        stream = itertools.repeat((images, images[:, 0, 0, 0] % 10, {}))
     columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
-    health, meter = torch.ones((), device=device), torch.zeros((), device=device)
-    best = max([json.loads(line).get("top1", 0) for line in lines], default=0)
-    logged, waited, since = done, 0.0, time.perf_counter()
-    bar = tqdm(total=steps, initial=done, disable=rank > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    while done < steps:
-        lr = learning_rate(done, steps, warmup, args.blr * batch / 256, args.min_lr)
+    bar = tqdm(range(done, steps), initial=done, total=steps, disable=rank > 0, mininterval=10)
+    trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
+    for done in bar:
         for group in optimiser.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = rate(done) * group["scale"]
         generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", done))
         noise = torch.rand(batch, columns, generator=generator, device=device)
-        total = torch.zeros((), device=device)
+        losses = []
         for part, piece in enumerate(noise[rank * share:][:share].split(micro)):
             asked = time.perf_counter()
-            images, labels, bad = next(stream)
+            images, labels, unreadable = next(stream)
             waited += time.perf_counter() - asked
-            for name in bad.keys() - named:
-                print(f"unreadable, its neighbour stands in: {name} ({bad[name]})", file=sys.stderr)
-            named |= bad.keys()
+            fresh |= unreadable
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            if smoothing and isinstance(data, Folder):
+            if mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", done, rank, part))
                 images, labels = mix(images / 255, labels)
             seen = observe(images) if teacher else ()
@@ -316,45 +314,55 @@ def train(args):
                 loss = run(images, *seen, noise=piece)
             if not teacher:
                 loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
+            losses.append(loss.detach())
             # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
-            scaler.scale(loss / parts * (health + 0 * loss.detach())).backward()
-            total += loss.detach() / parts / world
-        if world > 1:
-            dist.all_reduce(total)
+            scaler.scale(loss / parts * (1 + 0 * losses[-1])).backward()
         scaler.unscale_(optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler.step(optimiser)  # takes none if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        # once NaN, health makes all later gradients NaN: no step is taken until the host looks
-        health = health + 0 * (total if amp == "fp16" else total + norm)
-        meter, done = meter + total * health, done + 1
-        saves, fresh = done % args.save_every == 0 or done == steps, done - logged
+        trail.append(torch.stack([torch.stack(losses).mean(), norm]))
+        done += 1
+        saves = done % args.save_every == 0 or done == steps
         if not saves and done % LOG_EVERY:
             continue
-        loss, taken = meter.item() / fresh, time.perf_counter() - since
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"non-finite loss or gradient in steps {logged + 1} to "
-                                     f"{done}, lr {lr:.3g}; {out}/last.pt is of before them")
-        record = dict(step=done, epoch=done / epoch, loss=loss, lr=lr, grad_norm=norm.item(),
-                      images_per_s=fresh * batch / taken, data_wait=waited / taken,
-                      unreadable=len(named))
-        rounds = [at // (args.eval_every * epoch) for at in (logged, done)]
+        first, mine = done - len(trail), (torch.stack(trail).tolist(), fresh)  # the host waits
+        ranks, taken = [mine] * world, time.perf_counter() - since
+        if world > 1:
+            dist.all_gather_object(ranks, mine)
+        table = torch.tensor([each for each, _ in ranks])  # [ranks, steps, (loss, norm)]
+        finite = table.isfinite() | torch.tensor([False, scaler.get_scale() >= 1])  # fp16 overflow
+        for at, by in (~finite.all(dim=2)).T.nonzero().tolist():
+            names = [data.names[index] for _, index in keys(first + at, by)]
+            raise FloatingPointError(
+                f"non-finite loss or gradient in step {first + at + 1}, rank {by}, lr "
+                f"{rate(first + at):.3g}; {out}/last.pt is of before; images: {names}")
+        new = {k: v for _, found in ranks for k, v in found.items() if k not in bad}
+        if rank == 0 and new:
+            print(f"unreadable, their neighbours stand in: {new}", file=sys.stderr)
+        bad |= new
+        if len(bad) > data.limit:
+            raise ValueError(f"{len(bad)} of {count} files are unreadable: {[*bad.items()][:3]}")
+        record = dict(step=done, epoch=done / epoch, loss=table[..., 0].mean().item(),
+                      lr=rate(done - 1), grad_norm=table[0, -1, 1].item(), unreadable=len(bad),
+                      images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
+        rounds = [int(at / epoch / args.eval_every) for at in (first, done)]
         if val and (rounds[0] < rounds[1] or done == steps):
-            record |= evaluate(model, bank, val, args, device)
+            model.eval()
+            record |= dict(knn=knn(model.student, bank, val, args, device)) if teacher else (
+                dict(zip(("top1", "top5"), map(float, accuracy(
+                    *outputs(model, val, args, device), topk=(1, 5))))))
             model.train()
-        if rank == 0 and record.get("top1", 0) > best:
-            best = record["top1"]
-            write(out / "best.pt", lambda file: torch.save(model.state_dict(), file))
-        bar.set_postfix_str(" ".join(f"{k} {value:.3g}" for k, value in record.items()), False)
-        bar.update(fresh)
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        if rank == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
+            write(out / "best.pt", model.state_dict())
+        log.append(record)
+        sink.write(json.dumps(record) + "\n")
         if rank == 0 and saves:
             save()
-        meter, logged, waited, since = meter * 0, done, 0.0, time.perf_counter()
-    return model, teacher, bank, val, record
+        bar.set_postfix(record, refresh=False)
+        trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
+    return model, teacher, bank, val, log[-1]
 
 def demo(args):  # a teacher with labels, a student without
     train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
@@ -362,8 +370,8 @@ def demo(args):  # a teacher with labels, a student without
     model, teacher, bank, val, record = train(args)
     torch.manual_seed(args.seed)
     device, untrained = model.align.matrix.device, vit(args.student).eval()
-    untrained = knn(untrained.to(device), bank, val, args, device)
-    taught = knn(lambda images: teacher(images)[0], bank, val, args, device)
+    untrained, taught = (knn(encoder, bank, val, args, device) for encoder in (
+        untrained.to(device), lambda images: teacher(images)[0]))
     print(f"k-NN {KNN}, mean patch token: untrained student {untrained:.1f} %, "
           f"trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
@@ -373,10 +381,9 @@ def parse(argv):
     parser.print_usage = lambda file: None  # an error is one line
     parser.add_argument("--task", choices=list(RECIPES)[:3], default="pretrain")
     for key, values in dict(zip(COLUMNS, zip(*RECIPES.values())), **COMMON).items():
-        first = values[0] if isinstance(values, tuple) else values
-        kind = int if key == "workers" else type("" if first is None else first)
-        options = dict(type=kind, choices=CHOICES.get(key), help=f"default {values}")
-        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else options
+        v = values[0] if key in COLUMNS else values
+        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
+            type=type("" if v is None else v), choices=CHOICES.get(key), help=f"default {values}")
         parser.add_argument("--" + key.replace("_", "-"), **options)
     args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     digits = args.get("data", COMMON["data"]).startswith("digits")
@@ -386,7 +393,6 @@ def parse(argv):
     for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
         if not 0 < vars(args)[key] <= (1 if key == "layer_decay" else math.inf):
             raise ValueError(f"--{key.replace('_', '-')} {vars(args)[key]} is out of range")
-    args.workers = min(16, os.cpu_count()) if args.workers is None else args.workers
     return args
 
 def main(argv=None):
@@ -400,8 +406,9 @@ def main(argv=None):
             dist.init_process_group()
             atexit.register(dist.destroy_process_group)
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        hint = "lower --micro-batch: " if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"train.py: error: {hint}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 if __name__ == "__main__":
