@@ -170,9 +170,9 @@ def cls_attention(x, attn):
     return logits.softmax(dim=-1)[:, :, 1:].mean(dim=1)
 
 class Teacher(nn.Module):
-    """A network on images normalised by mean_std (None: by itself), frozen for good. Hooks on its
+    """A network on images normalised by mean_std (here: by itself), frozen for good. Hooks on its
     blocks, registered before any compile, collect the last levels and the last attention."""
-    def __init__(self, network, levels, mean_std=None):
+    def __init__(self, network, levels, mean_std=((0, 0, 0), (1, 1, 1))):
         super().__init__()
         blocks = network.blocks
         if not 1 <= levels <= len(blocks):
@@ -190,10 +190,9 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         """Images [B,3,H,W], resized -> K raw block outputs [B,1+N,E], last attention [B,N]."""
-        images = images / 255 if images.dtype == torch.uint8 else images
+        images = normalise(images, *self.mean_std)
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
-        images = images if self.mean_std is None else normalise(images, *self.mean_std)
         self.network(images.to(next(self.network.parameters()).dtype))
         levels, attention = list(self.outputs), self.attention[-1]
         self.outputs.clear()
@@ -239,13 +238,12 @@ def visible(patches, ratio):
 
 def attentive_keep(attention, ratio, noise=None):
     """Attention [B,N] -> keep [B,V], drawn without replacement, in proportion to attention."""
-    attention = attention.float()
-    noise = torch.rand_like(attention) if noise is None else noise
+    noise = torch.rand(attention.shape, device=attention.device) if noise is None else noise
     # Deviation: Gumbel top-k has the distribution of the official code's multinomial, but neither
     # waits for the GPU nor fails when fewer than V weights are positive.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
-    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))
-    return (attention.log() + gumbel).topk(visible(attention.shape[1], ratio), dim=1).indices
+    score = attention.float().log() - torch.log(-torch.log(noise.clamp(min=1e-20)))
+    return score.topk(visible(attention.shape[1], ratio), dim=1).indices
 
 def random_keep(batch, patches, ratio, device=None, noise=None):
     """B, N -> keep [B,V], uniform without replacement: attention that is everywhere the same."""

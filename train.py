@@ -7,7 +7,7 @@
 --data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
 as needed), digits:N (N of them) or synthetic (noise on the device). --out/last.pt is resumed.
 """
-import argparse, atexit, functools, hashlib, itertools, json, logging, math, os, sys, time
+import argparse, atexit, ctypes, functools, hashlib, itertools, json, logging, math, os, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -405,6 +405,8 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
             atexit.register(dist.destroy_process_group)
+            if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
+                ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         hint = "lower --micro-batch: " if isinstance(error, torch.OutOfMemoryError) else ""
