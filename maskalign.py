@@ -194,9 +194,8 @@ class Teacher(nn.Module):
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
-        levels, attention = list(self.outputs), self.attention[-1]
-        self.outputs.clear()
-        self.attention.clear()
+        levels, self.outputs = self.outputs[-self.levels:], []
+        attention, self.attention = self.attention[-1], []
         return levels, attention
 
 def load_teacher(name, weights=None, levels=5):
@@ -213,8 +212,7 @@ def load_teacher(name, weights=None, levels=5):
     # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
     entry = open_clip.get_pretrained_cfg(name, weights or "")
     if entry and entry.get("quick_gelu") != open_clip.get_model_config(name).get("quick_gelu"):
-        plain = name.removesuffix("-quickgelu")
-        raise ValueError(f"{weights!r} are weights of the other of {plain} and {plain}-quickgelu")
+        raise ValueError(f"{weights!r} and {name} differ in QuickGELU: add or drop -quickgelu")
     try:
         network = open_clip.create_model(name, pretrained=weights).visual
         network.blocks, network.grid = network.transformer.resblocks, network.grid_size
@@ -291,12 +289,11 @@ class MaskAlign(nn.Module):
     def forward(self, images, levels, attention, keep=None, noise=None):
         """Images [B,3,H,W], the Teacher's K levels [B,1+N,E] and attention [B,N] of them ->
         scalar loss. keep [B,V] overrides the mask; noise [B,N+2S] serves mask and drop path."""
-        at = [attention.shape[1]]
-        mask_noise, path_noise = (None, None) if noise is None else noise.tensor_split(at, dim=1)
+        noise = (None, None) if noise is None else noise.tensor_split([attention.shape[1]], dim=1)
         if keep is None:                                                         # 3.2: [B,V]
             saliency = attention if self.mask == "attentive" else torch.ones_like(attention)
-            keep = attentive_keep(saliency, self.mask_ratio, mask_noise)
-        features = self.student(images, keep, path_noise)                # 3.1: S times [B,1+V,D]
+            keep = attentive_keep(saliency, self.mask_ratio, noise[0])
+        features = self.student(images, keep, noise[1])                  # 3.1: S times [B,1+V,D]
         predictions = self.align(features)                               # 3.3: K times [B,1+V,E]
         targets = [whiten(take(level, keep)) for level in levels]        #      K times [B,1+V,E]
         # L = 1/K Σ_k L(ŷ_k,ȳ_k)

@@ -4,10 +4,14 @@ import json
 import math
 import os
 import re
+import random
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 from hypothesis import assume, given, settings, strategies as st
 
 import maskalign as ma
@@ -35,13 +40,24 @@ def teacher_of(network, levels=2):
     return ma.Teacher(network, levels)
 
 
-def run(*argv, ranks=1, code=0):
+def start(*argv, ranks=1, options=(), script=HERE / "train.py", **more):
+    """The real script in a real process, or in as many as there are ranks."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
-              "29517"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launch, str(HERE / "train.py"), *map(str, argv)],
-                          capture_output=True, text=True)
-    assert done.returncode == code or ranks > 1 and code and done.returncode, done.stderr
+              "29517", *options] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launch, str(script), *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def run(*argv, code=0, ranks=1, **more):
+    process = start(*argv, ranks=ranks, **more)
+    done = subprocess.CompletedProcess(argv, 0, *process.communicate())
+    assert process.returncode == code or ranks > 1 and code and process.returncode, done.stderr
     return done
+
+
+def main(*argv):
+    """The same in this process."""
+    train.main(list(map(str, argv)))
 
 
 # --- 3.2 masking --------------------------------------------------------------------------------
@@ -180,6 +196,20 @@ def test_teacher_is_frozen_and_attention_is_the_naive_softmax(name):
     assert {"student.cls_token", "align.matrix"} <= set(trainable)
 
 
+@pytest.mark.parametrize("name", ["vit_digits_patch4_32", "ViT-M-16"])
+def test_teacher_in_bf16_weights_stays_in_bf16(name):
+    with pytest.warns(UserWarning, match="random weights"):
+        teacher = ma.load_teacher(name, None, levels=2)
+    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
+    exact, exact_attention = teacher(images)
+    levels, attention = teacher.to(torch.bfloat16)(images)
+    assert all(level.dtype == torch.bfloat16 for level in levels)
+    assert attention.dtype == torch.float32
+    assert torch.allclose(attention, exact_attention, atol=2e-3)
+    for a, b in zip(exact, levels):
+        assert (ma.whiten(a) - ma.whiten(b)).abs().mean() < 0.05
+
+
 # --- 3.3 alignment ------------------------------------------------------------------------------
 
 @given(st.floats(0.5, 4), st.floats(-3, 3))
@@ -282,9 +312,9 @@ def same(a, b, atol):
     return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a) and a.keys() == b.keys()
 
 
-def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file):
+def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file, capsys):
     base = ("--teacher-weights", teacher_file, "--drop-path", 0.2)
-    run(*digits(tmp_path / "one", *base))
+    main(*digits(tmp_path / "one", *base))
     run(*digits(tmp_path / "micro", *base, "--micro-batch", 6, "--workers", 1))
     run(*digits(tmp_path / "two", *base), ranks=2)
     one = weights(tmp_path / "one")
@@ -302,10 +332,13 @@ def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file):
             train.train(arguments)
     finally:
         train.learning_rate = real
-    run(*digits(tmp_path / "cut", *base, "--save-every", 5))
+    main(*digits(tmp_path / "cut", *base, "--save-every", 5))
     assert same(one, weights(tmp_path / "cut"), 0)
-    assert "finished" in run(*digits(tmp_path / "cut", *base)).stdout
-    assert "seed 0 -> 1" in run(*digits(tmp_path / "cut", *base, "--seed", 1), code=2).stderr
+    main(*digits(tmp_path / "cut", *base))
+    assert "finished" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(*digits(tmp_path / "cut", *base, "--seed", 1))
+    assert "seed 0 -> 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -314,7 +347,7 @@ def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file):
     (("--student", "nope"), "unknown ViT"),
     (("--mask-ratio", "0.999"), "no visible patch"),
     (("--levels", "9"), "levels"),
-    (("--teacher", "ViT-B-16", "--teacher-weights", "openai"), "ViT-B-16-quickgelu"),
+    (("--teacher", "ViT-B-16", "--teacher-weights", "openai"), "-quickgelu"),
     (("--teacher", "RN50", "--teacher-weights", "random"), "CLS"),
     (("--student", "vit_tiny_patch16_224"), "grids differ"),
     (("--layer-decay", "1.5"), "--layer-decay"),
@@ -374,6 +407,10 @@ def test_wrong_files_are_errors_and_code_is_not_run(tmp_path, monkeypatch):
                        ("text.pt", "not read"), ("missing.pt", "missing.pt")):
         with pytest.raises(ValueError, match=says):
             ma.load_encoder(small(), file)
+    Path("out").mkdir()
+    shutil.copy("evil.pt", "out/last.pt")
+    with pytest.raises(SystemExit):
+        main(*digits("out", "--task", "finetune"))
     assert not Path("evil-was-here").exists()
 
 
@@ -476,9 +513,9 @@ def on_folder(root, out, *more):
 
 
 def test_two_ranks_on_a_folder_equal_one_and_workers_change_nothing(tmp_path, folder):
-    run(*on_folder(folder, tmp_path / "one", "--workers", 0))
+    main(*on_folder(folder, tmp_path / "one", "--workers", 0))
     run(*on_folder(folder, tmp_path / "three", "--workers", 3))
-    run(*on_folder(folder, tmp_path / "two", "--workers", 1), ranks=2)
+    run(*on_folder(folder, tmp_path / "two", "--workers", 0), ranks=2)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "three"), 0)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-4)
     logs = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").open()]
@@ -500,12 +537,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == b"old"
 
 
-def test_unreadable_files_are_named_and_replaced(tmp_path, folder):
+def test_unreadable_files_are_named_and_replaced(tmp_path, folder, capsys):
     shutil.copytree(folder, tmp_path / "data")
     for file in sorted((tmp_path / "data" / "train").rglob("*.JPEG"))[:3]:
         file.write_bytes(file.read_bytes()[:200])
-    done = run(*on_folder(tmp_path / "data", tmp_path / "out", "--workers", 1))
-    assert done.stderr.count("unreadable, ") == 1 and done.stderr.count(".JPEG': ") == 3
+    main(*on_folder(tmp_path / "data", tmp_path / "out", "--workers", 0))
+    error = capsys.readouterr().err
+    assert error.count("unreadable, ") == 1 and error.count(".JPEG': ") == 3
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])[
         "unreadable"] == 3
 
@@ -518,24 +556,323 @@ def test_a_few_unreadable_files_are_an_error_not_a_hang(tmp_path, capsys):
     assert "3 of 3 files are unreadable" in capsys.readouterr().err
 
 
-def test_kills_lose_nothing(tmp_path, folder):
-    argv = on_folder(folder, tmp_path / "killed", "--epochs", 60, "--save-every", 10,
-                     "--workers", 0)
-    run(*on_folder(folder, tmp_path / "whole", "--epochs", 60, "--workers", 0))
-    for delay in (0.3, 1.1):
-        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, argv)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (tmp_path / "killed" / "last.pt").exists():
+BROKEN = ("text.jpg", "zero.png", "truncated.jpg", "gone.jpg", "bomb.png")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """One image of each kind that is met in the wild; the left half is red, the right half blue."""
+    root = tmp_path_factory.mktemp("zoo")
+    image = Image.new("RGB", (80, 40), (250, 10, 10))
+    image.paste((10, 10, 250), (40, 0, 80, 40))
+    image.save(root / "plain.jpg", quality=95)
+    image.save(root / "png.JPEG", format="PNG")
+    image.convert("CMYK").save(root / "cmyk.jpg", quality=95)
+    image.quantize(4).save(root / "palette.png")
+    image.save(root / "animated.gif", save_all=True, append_images=[image.rotate(90)] * 2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a viewer turns what is stored by 90° clockwise
+    image.rotate(90, expand=True).save(root / "exif.jpg", quality=95, exif=turned)
+    clear = image.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (40, 0, 80, 40))
+    clear.save(root / "alpha.png")
+    grey = [[60000] * 40 + [20000] * 40] * 40
+    Image.fromarray(torch.tensor(grey, dtype=torch.uint16).numpy()).save(root / "grey16.png")
+    (root / "text.jpg").write_text("no image")
+    (root / "zero.png").touch()
+    (root / "truncated.jpg").write_bytes((root / "plain.jpg").read_bytes()[:500])
+    (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0)),
+              (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    (root / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks))
+    (root / "x.jpg").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("name, left, right", [
+    *((name, (250, 10, 10), (10, 10, 250)) for name in (
+        "plain.jpg", "png.JPEG", "cmyk.jpg", "palette.png", "animated.gif", "exif.jpg")),
+    ("alpha.png", (250, 10, 10), (255, 255, 255)), ("grey16.png", [234] * 3, [78] * 3)])
+def test_images_are_read_as_a_viewer_shows_them(zoo, name, left, right):
+    images, _, bad = train.Folder([(zoo / name, "")], {}, (32, 32), 0).__getitems__([(0, 0)])
+    assert not bad
+    for column, colour in ((3, left), (28, right)):
+        assert (images[0, :, 16, column] - torch.tensor(colour)).abs().max() <= 6
+
+
+def test_unreadable_files_are_named_once_and_the_same_in_every_run(zoo, tmp_path):
+    assert "x.jpg" not in {Path(file).name for file, _, _ in train.scan(zoo)}
+    argv = (*on_folder(zoo, tmp_path / "0"), "--batch-size", 13, "--workers")
+    error = run(*argv, 0).stderr
+    assert all(error.count(f"/{name}'") >= 1 for name in BROKEN)
+    assert error.count("stand in") == 1 and logged(tmp_path / "0", "unreadable") == [5]
+    run(*argv, 2, "--out", tmp_path / "2")
+    assert same(weights(tmp_path / "0"), weights(tmp_path / "2"), 0)
+
+
+def test_more_unreadable_files_than_one_percent_and_ten_stop_the_run(zoo, tmp_path, capsys):
+    for i in range(22):
+        shutil.copy(zoo / ("plain.jpg" if i % 2 else "text.jpg"), tmp_path / f"{i}.jpg")
+    argv = (*on_folder(tmp_path, tmp_path / "out"), "--batch-size", 11, "--workers", 0)
+    with pytest.raises(SystemExit):
+        main(*argv)
+    assert "11 of 22 files are unreadable" in capsys.readouterr().err
+    (tmp_path / "0.jpg").unlink()
+    (tmp_path / "2.jpg").unlink()
+    main(*argv, "--out", tmp_path / "fewer", "--batch-size", 10)
+
+
+def test_fifty_thousand_files_are_scanned_in_seconds_and_by_one_rank(tmp_path, monkeypatch):
+    for label in range(50):
+        folder = tmp_path / "train" / f"{'long ' * 20}é {label}"
+        folder.mkdir(parents=True)
+        for i in range(1000):
+            (folder / f"{i}.JPEG").touch()
+    start = time.perf_counter()
+    found = train.scan(str(tmp_path))
+    assert time.perf_counter() - start < 5 and len(found) == 50000
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train, "scan", None)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "broadcast_object_list",
+                        lambda box: box.__setitem__(0, found[:3]))
+    arguments = train.parse(["--data", str(tmp_path)])
+    assert [*train.open_data(arguments, (32, 32))[0].names] == [file for file, _, _ in found[:3]]
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path):
+    ramp = torch.linspace(0, 6, 1000)
+    waves = torch.stack([(ramp * k).sin()[:, None] + (ramp * k).cos() for k in (1, 2, 3)], dim=2)
+    whole = Image.fromarray(((waves + 2) / 4 * 255).byte().numpy())
+    whole.save(tmp_path / "large.jpg", quality=95)
+    source = train.Folder([(tmp_path / "large.jpg", "")], {}, (56, 56), 0, "pretrain")
+    crop = v2.RandomResizedCrop(56, (0.2, 1.0), interpolation=Image.BICUBIC)
+    for epoch in range(8):
+        ours = source.__getitems__([(epoch, 0)])[0][0]
+        torch.default_generator.manual_seed(train.seed_of(0, epoch, 0))
+        with Image.open(tmp_path / "large.jpg") as image:
+            at = crop.make_params([Image.new("RGB", (250, 250))])  # decoded at a quarter
+            box = [4 * x for x in (at["left"], at["top"], at["left"] + at["width"],
+                                   at["top"] + at["height"])]
+            theirs = image.crop(box).resize((56, 56), Image.BICUBIC)
+        theirs = v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(theirs))
+        assert (ours.float() - theirs.float()).abs().mean() < 1
+
+
+def test_one_rank_of_two_meets_a_loss_that_is_not_finite(tmp_path, folder):
+    """Rank 1 sees 6 of the 12 images of step 3; neither rank takes that step."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import math, os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+real, steps = train.MaskAlign.forward, []
+def forward(self, *args, **options):
+    steps.append([p.detach().clone() for p in self.parameters()])
+    if len(steps) == 4:
+        assert all(map(torch.equal, steps[2], steps[3])), "a step was taken"
+    bad = os.environ["RANK"] == "1" and len(steps) == 3
+    return real(self, *args, **options) + (math.inf if bad else 0)
+train.MaskAlign.forward = forward
+train.main()
+""")
+    error = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, ranks=2, code=2,
+                script=script).stderr
+    lines = [line for line in error.splitlines() if "non-finite" in line]
+    assert "a step was taken" not in error
+    assert lines and all("in step 3, rank 1, lr" in line for line in lines)
+    assert all(line.count(".JPEG") == 6 for line in lines) and saved(tmp_path / "out") == 0
+
+
+def test_speed_is_told_apart_from_waiting(tmp_path, folder, monkeypatch):
+    real = train.loader
+
+    def slow(*arguments):
+        for batch in real(*arguments):
             time.sleep(0.1)
-        time.sleep(delay)
-        process.kill()
-        process.wait()
+            yield batch
+    monkeypatch.setattr(train, "loader", slow)
+    main(*on_folder(folder, tmp_path), "--workers", 0, "--micro-batch", 6, "--eval-every", 100)
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert record["step"] == 10 and 30 < record["images_per_s"] < 60  # 2 x 0.1 s a step of 12
+    assert record["data_wait"] > 0.7
+    monkeypatch.setattr(train, "loader", lambda *arguments: iter(()))  # nobody asks for it
+    main(*on_folder("synthetic:120", tmp_path / "resident"))
+    assert max(logged(tmp_path / "resident", "data_wait")) < 0.01
+
+
+def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
+    model = ma.MaskAlign(small(), teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
+    images, noise = torch.rand(2, 3, 12, 12), torch.rand(2, 15)
+    seen = teacher(images)
+    assert torch._dynamo.explain(teacher)(images).graph_break_count == 0
+    assert torch._dynamo.explain(model)(images, *seen, noise=noise).graph_break_count == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(teacher, backend="eager", fullgraph=True)(images)
+    assert all(map(torch.equal, seen[0], compiled[0])) and torch.equal(seen[1], compiled[1])
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: real(m, backend="eager", fullgraph=True))
+    steps, rate = [], train.learning_rate
+
+    def count(step, *rest):  # from step 3 on, evaluation in between, nothing is compiled anew
+        steps.append(step)
+        torch._dynamo.config.error_on_recompile = step >= 2
+        return rate(step, *rest)
+    monkeypatch.setattr(train, "learning_rate", count)
+    try:
+        main(*on_folder(folder, tmp_path), "--workers", 0, "--compile")
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    assert max(steps) == 11
+
+
+def test_without_a_compiler_nothing_is_compiled_and_that_is_said(tmp_path, folder):
+    environment = dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "x"))
+    done = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, "--compile", env=environment)
+    assert done.stdout.count("no compiler works here") == 1
+    assert saved(tmp_path / "out") == 12
+
+
+def test_out_of_memory_names_the_flag(tmp_path, folder, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+    monkeypatch.setattr(train.MaskAlign, "forward", full)
+    with pytest.raises(SystemExit):
+        main(*on_folder(folder, tmp_path), "--workers", 0)
+    assert "lower --micro-batch Tried to allocate 9 GiB" in capsys.readouterr().err
+
+
+def long(folder, out, *more):
+    return on_folder(folder, out, "--epochs", 40, "--save-every", 10, "--workers", 0,
+                     "--eval-every", 20, *more)
+
+
+def saved(out):
+    """The step of last.pt, or -1."""
+    return torch.load(out / "last.pt")["step"] if (out / "last.pt").exists() else -1
+
+
+def reach(process, out, step):
+    while saved(out) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def logged(out, key="step"):
+    return [json.loads(line)[key] for line in (out / "log.jsonl").open()]
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "probe"])
+def test_kills_lose_nothing(tmp_path, folder, task):
+    argv = long(folder, tmp_path / "whole", "--task", task, "--save-every", 2, "--epochs", 20)
+    main(*argv)
+    argv = (*argv, "--out", tmp_path / "killed")
+    process = start(*argv)
+    reach(process, tmp_path / "killed", 4)
+    time.sleep(random.random())
+    process.kill()
+    process.communicate()
     with open(tmp_path / "killed" / "log.jsonl", "a") as file:  # as killed before the checkpoint
         file.write('{"step": 175, "loss": 0}\n{"step": 18')
-    run(*argv)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"), 0)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").open()]
-    assert steps == list(range(10, 181, 10))
+    assert saved(tmp_path / "killed") < 60
+    main(*argv)
+    whole, killed = (torch.load(tmp_path / out / "last.pt") for out in ("whole", "killed"))
+    for part in ("student", "align"):
+        assert same(whole[part], killed[part], 0)
+    assert logged(tmp_path / "killed") == list(range(2, 61, 2))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, folder):
+    """What two processes end with that nothing disturbs."""
+    out = tmp_path_factory.mktemp("two")
+    run(*long(folder, out), ranks=2)
+    return out
+
+
+def test_a_killed_torchrun_and_a_killed_rank_lose_nothing(tmp_path, folder, two_ranks):
+    process = start(*long(folder, tmp_path), ranks=2)
+    reach(process, tmp_path, 10)
+    ranks = children(process.pid)
+    process.kill()
+    process.communicate()
+    time.sleep(0.5)  # and no orphan goes on
+    assert not any(Path(f"/proc/{rank}/exe").exists() for rank in ranks)
+    process = start(*long(folder, tmp_path), ranks=2, options=("--max-restarts", "1"))
+    reach(process, tmp_path, saved(tmp_path) + 20)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    assert same(weights(two_ranks), weights(tmp_path), 0)
+    assert logged(tmp_path) == list(range(10, 121, 10))
+
+
+def test_sigterm_and_other_numbers_of_processes(tmp_path, folder, two_ranks):
+    process = start(*long(folder, tmp_path / "1"), ranks=2)
+    reach(process, tmp_path / "1", 20)
+    process.terminate()
+    process.communicate()
+    assert process.returncode and 20 <= saved(tmp_path / "1") < 120
+    assert logged(tmp_path / "1")[-1] - saved(tmp_path / "1") in (0, 10)
+    shutil.copytree(tmp_path / "1", tmp_path / "4")
+    main(*long(folder, tmp_path / "1"))
+    run(*long(folder, tmp_path / "4"), ranks=4)
+    for out in (tmp_path / "1", tmp_path / "4"):
+        assert same(weights(two_ranks), weights(out), 2e-4)
+        assert logged(out, "loss") == pytest.approx(logged(two_ranks, "loss"), rel=1e-4)
+
+
+def test_a_killed_loader_worker_ends_the_run_and_it_resumes(tmp_path, folder):
+    argv = (*long(folder, tmp_path / "out"), "--workers", 1)
+    process = start(*argv)
+    reach(process, tmp_path / "out", 10)
+    workers = [worker for child in children(process.pid) for worker in children(child)]
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    error = process.communicate()[1].strip().splitlines()[-1]
+    assert "DataLoader worker" in error or "worker died" in error
+    assert workers and process.returncode
+    main(*argv, "--workers", 0)
+    main(*long(folder, tmp_path / "whole"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of file sizes")
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, folder):
+    import resource
+    argv = long(folder, tmp_path)
+    main(*argv, "--epochs", 0.1)
+    good = (tmp_path / "last.pt").read_bytes()
+    full = len(good) - 1000
+    state = torch.load(tmp_path / "last.pt")
+    state["step"], state["arguments"]["epochs"] = 0, 40.0
+    torch.save(state, tmp_path / "last.pt")
+    good = (tmp_path / "last.pt").read_bytes()
+    error = run(*argv, code=2, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (full, full))).stderr.strip().splitlines()[-1]
+    assert f"{tmp_path}/last.pt could not be written" in error
+    assert (tmp_path / "last.pt").read_bytes() == good
+
+
+def test_an_out_that_cannot_be_written_or_goes_away(tmp_path, folder, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(*long(folder, tmp_path / "file" / "out"))
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+    real = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, *rest: shutil.rmtree(
+        tmp_path / "out", ignore_errors=True) if step == 7 else real(step, *rest))
+    monkeypatch.setattr(train, "learning_rate", lambda step, *rest, old=train.learning_rate: (
+        old(step, *rest), real(step, *rest))[1])
+    with pytest.raises(SystemExit):
+        main(*long(folder, tmp_path / "out"))
+    assert f"{tmp_path}/out/student.pt could not be written" in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monkeypatch, capsys):

@@ -139,6 +139,7 @@ def order(count, seed, epoch):
     return torch.randperm(count, generator=generator).tolist()
 
 def loader(source, batches, args, device):
+    torch.multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # once, not by worker
     yield from torch.utils.data.DataLoader(  # workers by fork could hang where threads are
         source, batch_sampler=batches, collate_fn=tuple, pin_memory=device.type == "cuda",
         num_workers=args.workers, multiprocessing_context="forkserver" if args.workers else None)
@@ -270,10 +271,9 @@ def train(args):
     sink = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)  # by the line
     sink.writelines(json.dumps(record) + "\n" for record in log)
     if rank == 0:
-        print(f"{args.task}: {args.student}; teacher {teacher and args.teacher}; {count} images of "
-              f"{args.data}; {steps} steps, {f'from {done}' if done < steps else 'finished'}, of "
-              f"{batch} images = {world} processes x {parts} x {micro}; lr {rate(warmup):.2e}; "
-              f"{device}, amp {amp}; {'' if val else 'no '}evaluation on val", flush=True)
+        print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} = "
+              f"{world} processes x {parts} x {micro}{'; finished' if done == steps else ''}; lr "
+              f"{rate(warmup):.2e}; {device} {amp}; {'' if val else 'no '}evaluation", flush=True)
     run, observe = model, teacher
     if cuda if args.compile is None else args.compile:
         try:
@@ -331,21 +331,20 @@ def train(args):
         ranks, taken = [mine] * world, time.perf_counter() - since
         if world > 1:
             dist.all_gather_object(ranks, mine)
-        table = torch.tensor([each for each, _ in ranks])  # [ranks, steps, (loss, norm)]
-        finite = table.isfinite() | torch.tensor([False, scaler.get_scale() >= 1])  # fp16 overflow
-        for at, by in (~finite.all(dim=2)).T.nonzero().tolist():
-            names = [data.names[index] for _, index in keys(first + at, by)]
-            raise FloatingPointError(
-                f"non-finite loss or gradient in step {first + at + 1}, rank {by}, lr "
-                f"{rate(first + at):.3g}; {out}/last.pt is of before; images: {names}")
+        table = torch.tensor([each for each, _ in ranks]).permute(1, 2, 0)  # steps, pair, ranks
+        finite = table.isfinite() | torch.tensor([[False], [scaler.get_scale() >= 1]])  # fp16 skips
+        for step, _, by in ((~finite).nonzero() + torch.tensor([first, 0, 0])).tolist():
+            names = [data.names[index] for _, index in keys(step, by)]
+            raise FloatingPointError(f"non-finite loss or gradient in step {step + 1}, rank {by}, "
+                                     f"lr {rate(step):.3g}; {out}/last.pt is of before; {names}")
         new = {k: v for _, found in ranks for k, v in found.items() if k not in bad}
         if rank == 0 and new:
             print(f"unreadable, their neighbours stand in: {new}", file=sys.stderr)
         bad |= new
         if len(bad) > data.limit:
             raise ValueError(f"{len(bad)} of {count} files are unreadable: {[*bad.items()][:3]}")
-        record = dict(step=done, epoch=done / epoch, loss=table[..., 0].mean().item(),
-                      lr=rate(done - 1), grad_norm=table[0, -1, 1].item(), unreadable=len(bad),
+        record = dict(step=done, epoch=done / epoch, loss=table[:, 0].mean().item(),
+                      lr=rate(done - 1), grad_norm=table[-1, 1, 0].item(), unreadable=len(bad),
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
         rounds = [int(at / epoch / args.eval_every) for at in (first, done)]
         if val and (rounds[0] < rounds[1] or done == steps):
@@ -403,14 +402,18 @@ def main(argv=None):
         if "RANK" in os.environ and not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            store, rank, world = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(store=store, rank=rank, world_size=world)
             atexit.register(dist.destroy_process_group)
             if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
                 ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        hint = "lower --micro-batch: " if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"train.py: error: {hint}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionResetError: "worker died"}
+        text = " ".join(f"{hints.get(type(error), '')} {error}".split())
+        print(f"train.py: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 if __name__ == "__main__":
