@@ -271,8 +271,8 @@ def train(args):
     sink = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)  # by the line
     sink.writelines(json.dumps(record) + "\n" for record in log)
     if rank == 0:
-        print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} = "
-              f"{world} processes x {parts} x {micro}{'; finished' if done == steps else ''}; lr "
+        print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} "
+              f"= {world} processes x {parts} x {micro}{'; finished' if done == steps else ''}; lr "
               f"{rate(warmup):.2e}; {device} {amp}; {'' if val else 'no '}evaluation", flush=True)
     run, observe = model, teacher
     if cuda if args.compile is None else args.compile:
