@@ -106,8 +106,8 @@ class Folder:
 
 def scan(root):
     """A folder -> sorted (file, split, class) of the images in root/split/class or below."""
-    found = ((os.path.join(folder, name), *(*Path(folder).relative_to(root).parts, "", "")[:2])
-             for folder, _, names in os.walk(root, followlinks=True) for name in names
+    found = ((os.path.join(at, name), *place) for at, _, names in os.walk(root, followlinks=True)
+             for place in [(*Path(at).relative_to(root).parts, "", "")[:2]] for name in names
              if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
     return sorted(tqdm(found, f"scanning {root}", unit=" images", delay=2))
 
