@@ -400,6 +400,8 @@ def main(argv=None):
     try:
         args = parse(argv)
         if "RANK" in os.environ and not dist.is_initialized():
+            if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
+                ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             store, rank, world = next(dist.rendezvous("env://"))
@@ -407,8 +409,6 @@ def main(argv=None):
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(store=store, rank=rank, world_size=world)
             atexit.register(dist.destroy_process_group)
-            if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
-                ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionResetError: "worker died"}
