@@ -775,7 +775,7 @@ def test_kills_lose_nothing(tmp_path, folder, task):
     argv = (*argv, "--out", tmp_path / "killed")
     process = start(*argv)
     reach(process, tmp_path / "killed", 4)
-    time.sleep(random.random())
+    time.sleep(random.random() / 2)
     process.kill()
     process.communicate()
     with open(tmp_path / "killed" / "log.jsonl", "a") as file:  # as killed before the checkpoint
