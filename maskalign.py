@@ -91,7 +91,8 @@ class ViT(nn.Module):
         """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 by chance p, or 1/(1−p)."""
         rates = [p * self.training for p in self.drop_rates]
         if noise is None:
-            noise = torch.rand(len(images), 2 * len(rates), device=images.device)
+            draw = torch.rand if any(rates) else torch.ones
+            noise = draw(len(images), 2 * len(rates), device=images.device)
         noise = rearrange(noise, "b (s two) -> s two b 1 1", two=2)
         return [(u >= p).to(images.dtype) / (1 - p) for u, p in zip(noise, rates)]
     def forward(self, images, keep=None, noise=None):
@@ -170,7 +171,7 @@ def cls_attention(x, attn):
     return logits.softmax(dim=-1)[:, :, 1:].mean(dim=1)
 
 class Teacher(nn.Module):
-    """A network on images normalised by mean_std (here: by itself), frozen for good. Hooks on its
+    """A network on images normalised by mean_std (0, 1: by itself), frozen for good. Hooks on its
     blocks, registered before any compile, collect the last levels and the last attention."""
     def __init__(self, network, levels, mean_std=((0, 0, 0), (1, 1, 1))):
         super().__init__()
@@ -194,9 +195,8 @@ class Teacher(nn.Module):
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
-        levels, self.outputs = self.outputs[-self.levels:], []
-        attention, self.attention = self.attention[-1], []
-        return levels, attention
+        levels, attention, self.outputs, self.attention = self.outputs, self.attention, [], []
+        return levels[-self.levels:], attention[-1]
 
 def load_teacher(name, weights=None, levels=5):
     """A name in VITS or open_clip's -> Teacher of the last levels. weights: open_clip's tag, dino,

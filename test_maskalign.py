@@ -126,6 +126,16 @@ def test_dropped_patches_change_nothing_and_all_kept_is_no_mask():
         assert torch.allclose(x, y, atol=1e-6)
 
 
+def test_a_frozen_network_draws_nothing_at_random():
+    network, images = small(drop_path=0.5), torch.rand(2, 3, 12, 12)
+    for frozen in (network.eval(), teacher_of(network)):
+        before = torch.get_rng_state()
+        frozen(images)
+        assert torch.equal(before, torch.get_rng_state())
+    network.train()(images)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
 def test_permuting_keep_permutes_outputs_and_leaves_the_loss():
     network, images = small(), torch.rand(2, 3, 12, 12)
     model = ma.MaskAlign(network, teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
