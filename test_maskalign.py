@@ -634,6 +634,27 @@ def test_more_unreadable_files_than_one_percent_and_ten_stop_the_run(zoo, tmp_pa
     main(*argv, "--out", tmp_path / "fewer", "--batch-size", 10)
 
 
+def test_classes_are_the_folders_in_train(tmp_path):
+    for file in ("train/b/1.png", "train/a/2.png", "train/a/deeper/3.png", "train/4.png",
+                 "val/b/5.png", "val/6.png", "aside/c/7.png", "train/a/text.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    arguments = train.parse(["--data", str(tmp_path)])
+    data, bank, val = train.open_data(arguments, (32, 32))
+    assert [*data.classes] == ["a", "b"] and data.names == bank.names
+    assert {Path(n).stem: label for n, label in zip(data.names, data.labels)} == {
+        "1": 1, "2": 0, "3": 0}
+    assert [Path(n).stem for n in val.names] == ["5"] and val.labels == [1]
+    arguments.data = str(tmp_path / "train" / "a")  # no folder of classes: every image, no label
+    data, _, val = train.open_data(arguments, (32, 32))
+    assert not data.classes and val is None and len(data.names) == 2
+    (tmp_path / "val" / "new").mkdir()
+    (tmp_path / "val" / "new" / "8.png").touch()
+    arguments.data = str(tmp_path)
+    with pytest.raises(ValueError, match="val has classes that train lacks: .'new'"):
+        train.open_data(arguments, (32, 32))
+
+
 def test_fifty_thousand_files_are_scanned_in_seconds_and_by_one_rank(tmp_path, monkeypatch):
     for label in range(50):
         folder = tmp_path / "train" / f"{'long ' * 20}é {label}"
@@ -706,8 +727,9 @@ def test_speed_is_told_apart_from_waiting(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(train, "loader", slow)
     main(*on_folder(folder, tmp_path), "--workers", 0, "--micro-batch", 6, "--eval-every", 100)
     record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert record["step"] == 10 and 30 < record["images_per_s"] < 60  # 2 x 0.1 s a step of 12
-    assert record["data_wait"] > 0.7
+    # a step of 12 images sleeps 2 x 0.1 s, however fast the rest of it is on this machine
+    assert record["step"] == 10 and record["images_per_s"] < 60 and record["data_wait"] < 1
+    assert 0.2 <= record["data_wait"] * 12 / record["images_per_s"] < 0.3
     monkeypatch.setattr(train, "loader", lambda *arguments: iter(()))  # nobody asks for it
     main(*on_folder("synthetic:120", tmp_path / "resident"))
     assert max(logged(tmp_path / "resident", "data_wait")) < 0.01
