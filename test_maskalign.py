@@ -673,20 +673,26 @@ def test_fifty_thousand_files_are_scanned_in_seconds_and_by_one_rank(tmp_path, m
     assert [*train.open_data(arguments, (32, 32))[0].names] == [file for file, _, _ in found[:3]]
 
 
-def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path):
-    ramp = torch.linspace(0, 6, 1000)
-    waves = torch.stack([(ramp * k).sin()[:, None] + (ramp * k).cos() for k in (1, 2, 3)], dim=2)
-    whole = Image.fromarray(((waves + 2) / 4 * 255).byte().numpy())
-    whole.save(tmp_path / "large.jpg", quality=95)
-    source = train.Folder([(tmp_path / "large.jpg", "")], {}, (56, 56), 0, "pretrain")
+@pytest.mark.parametrize("width, height, decoded", [
+    (1000, 1000, 4), (1000, 600, 2), (250, 190, 1), (60, 40, 1)])  # the last is enlarged
+def test_crops_are_torchvisions_and_large_jpegs_are_not_decoded_whole(
+        tmp_path, monkeypatch, width, height, decoded):
+    """Pillow's RandomResizedCrop and flip of the whole image, on the same boxes."""
+    down, right = torch.linspace(0, 6, height), torch.linspace(0, 6, width)
+    waves = torch.stack([(down * k).sin()[:, None] + (right * k).cos() for k in (1, 2, 3)], dim=2)
+    Image.fromarray(((waves + 2) / 4 * 255).byte().numpy()).save(tmp_path / "a.jpg", quality=95)
+    source = train.Folder([(tmp_path / "a.jpg", "")], {}, (56, 56), 0, "pretrain")
     crop = v2.RandomResizedCrop(56, (0.2, 1.0), interpolation=Image.BICUBIC)
+    sizes, real = [], train.as_seen
+    monkeypatch.setattr(train, "as_seen", lambda image: sizes.append(image.size) or real(image))
     for epoch in range(8):
         ours = source.__getitems__([(epoch, 0)])[0][0]
         torch.default_generator.manual_seed(train.seed_of(0, epoch, 0))
-        with Image.open(tmp_path / "large.jpg") as image:
-            at = crop.make_params([Image.new("RGB", (250, 250))])  # decoded at a quarter
-            box = [4 * x for x in (at["left"], at["top"], at["left"] + at["width"],
-                                   at["top"] + at["height"])]
+        at = crop.make_params([Image.new("RGB", sizes[-1])])
+        assert sizes[-1] == (width / decoded, height / decoded)
+        box = [decoded * x for x in (at["left"], at["top"], at["left"] + at["width"],
+                                     at["top"] + at["height"])]
+        with Image.open(tmp_path / "a.jpg") as image:
             theirs = image.crop(box).resize((56, 56), Image.BICUBIC)
         theirs = v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(theirs))
         assert (ours.float() - theirs.float()).abs().mean() < 1
