@@ -175,15 +175,14 @@ class Teacher(nn.Module):
     blocks, registered before any compile, collect the last levels and the last attention."""
     def __init__(self, network, levels, mean_std=((0, 0, 0), (1, 1, 1))):
         super().__init__()
-        blocks = network.blocks
-        if not 1 <= levels <= len(blocks):
-            raise ValueError(f"levels must be 1 to the teacher's depth {len(blocks)}, not {levels}")
         self.network, self.mean_std, self.levels = network, mean_std, levels
         self.image_size, self.grid, self.dim = network.image_size, network.grid, network.dim
-        self.depth, self.outputs, self.attention = len(blocks), [], []
-        for block in blocks[-levels:]:
+        self.depth, self.outputs, self.attention = len(network.blocks), [], []
+        if not 1 <= levels <= self.depth:
+            raise ValueError(f"levels must be 1 to the teacher's depth {self.depth}, not {levels}")
+        for block in network.blocks[-levels:]:
             block.register_forward_hook(lambda block, args, output: self.outputs.append(output))
-        blocks[-1].attn.register_forward_pre_hook(
+        network.blocks[-1].attn.register_forward_pre_hook(
             lambda attn, args: self.attention.append(cls_attention(args[0], attn)))
         self.requires_grad_(False).train()
     def train(self, mode=True):

@@ -766,6 +766,20 @@ def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
     assert max(steps) == 11
 
 
+def test_evaluation_has_the_precision_of_training(tmp_path, teacher_file, monkeypatch):
+    seen, real = set(), ma.ViT.forward
+
+    def forward(self, *arguments, **options):
+        levels = real(self, *arguments, **options)
+        if self.cls_token.requires_grad:  # the student
+            seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return levels
+    monkeypatch.setattr(ma.ViT, "forward", forward)
+    main(*digits(tmp_path / "pre", "--teacher-weights", teacher_file), "--amp", "bf16")
+    main(*digits(tmp_path / "tune", "--task", "finetune"), "--amp", "bf16")
+    assert seen == {(True, True), (False, True)}
+
+
 def test_without_a_compiler_nothing_is_compiled_and_that_is_said(tmp_path, folder):
     environment = dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "x"))
     done = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, "--compile", env=environment)

@@ -228,11 +228,13 @@ def train(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
-    amp = args.amp or ("off" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    amp = args.amp or (half if cuda else "off")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
-    if batch % world:
+    cast = torch.autocast(device.type, dtype, enabled=amp != "off")  # training and evaluation
+    share, rest = divmod(batch, world)
+    if rest:
         raise ValueError(f"--batch-size {batch} is not divisible by {world} processes")
-    share = batch // world
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
     model, teacher, (data, bank, val) = build(args, device, dtype)
     count, parts, epoch = len(data.names), share // micro, len(data.names) / batch  # epoch: steps
@@ -310,8 +312,7 @@ def train(args):
                 images, labels = mix(images / 255, labels)
             seen = observe(images) if teacher else ()
             run.require_backward_grad_sync = part == parts - 1  # of DDP, as its no_sync() does
-            with torch.autocast(device.type, dtype, enabled=amp != "off"):
-                loss = run(images, *seen, noise=piece)
+            loss = cast(run)(images, *seen, noise=piece)
             if not teacher:
                 loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
             losses.append(loss.detach())
@@ -349,9 +350,9 @@ def train(args):
         rounds = [int(at / epoch / args.eval_every) for at in (first, done)]
         if val and (rounds[0] < rounds[1] or done == steps):
             model.eval()
-            record |= dict(knn=knn(model.student, bank, val, args, device)) if teacher else (
+            record |= dict(knn=knn(cast(model.student), bank, val, args, device)) if teacher else (
                 dict(zip(("top1", "top5"), map(float, accuracy(
-                    *outputs(model, val, args, device), topk=(1, 5))))))
+                    *outputs(cast(model), val, args, device), topk=(1, 5))))))
             model.train()
         if rank == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
             write(out / "best.pt", model.state_dict())
