@@ -780,6 +780,25 @@ def test_evaluation_has_the_precision_of_training(tmp_path, teacher_file, monkey
     assert seen == {(True, True), (False, True)}
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_waits_for_the_gpu_only_where_it_logs(tmp_path, folder, monkeypatch, amp):
+    rate, modes = train.learning_rate, []
+
+    def watch(step, *rest):  # of 27 steps, 20 after those that compile
+        modes.append("error" if 4 <= step < 24 else "default")
+        torch.cuda.set_sync_debug_mode(modes[-1])
+        return rate(step, *rest)
+    monkeypatch.setattr(train, "learning_rate", watch)
+    monkeypatch.setattr(train, "LOG_EVERY", 100)
+    try:
+        main(*on_folder(folder, tmp_path), "--device", "cuda", "--amp", amp, "--epochs", 9,
+             "--micro-batch", 6, "--eval-every", 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert modes.count("error") >= 20 and saved(tmp_path) == 27
+
+
 def test_without_a_compiler_nothing_is_compiled_and_that_is_said(tmp_path, folder):
     environment = dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "x"))
     done = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, "--compile", env=environment)
