@@ -695,7 +695,7 @@ def test_crops_are_torchvisions_and_large_jpegs_are_not_decoded_whole(
         with Image.open(tmp_path / "a.jpg") as image:
             theirs = image.crop(box).resize((56, 56), Image.BICUBIC)
         theirs = v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(theirs))
-        assert (ours.float() - theirs.float()).abs().mean() < 1
+        assert (ours.float() - theirs.float()).abs().mean() < (1 if decoded > 1 else 0.1)
 
 
 def test_one_rank_of_two_meets_a_loss_that_is_not_finite(tmp_path, folder):
@@ -766,7 +766,7 @@ def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
     assert max(steps) == 11
 
 
-def test_evaluation_has_the_precision_of_training(tmp_path, teacher_file, monkeypatch):
+def test_evaluation_has_the_precision_of_training(tmp_path, folder, monkeypatch):
     seen, real = set(), ma.ViT.forward
 
     def forward(self, *arguments, **options):
@@ -775,9 +775,11 @@ def test_evaluation_has_the_precision_of_training(tmp_path, teacher_file, monkey
             seen.add((self.training, torch.is_autocast_enabled("cpu")))
         return levels
     monkeypatch.setattr(ma.ViT, "forward", forward)
-    main(*digits(tmp_path / "pre", "--teacher-weights", teacher_file), "--amp", "bf16")
-    main(*digits(tmp_path / "tune", "--task", "finetune"), "--amp", "bf16")
-    assert seen == {(True, True), (False, True)}
+    for task in ("pretrain", "finetune"):
+        seen.clear()
+        main(*on_folder(folder, tmp_path / task, "--task", task), "--workers", 0, "--amp", "bf16",
+             "--epochs", 1)
+        assert seen == {(True, True), (False, True)}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
