@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
     def forward(self, x, gates):
-        x = torch.addcmul(x, gates[0], self.attn(self.norm1(x)))
+        x = torch.addcmul(x, gates[0], self.attn(self.norm1(x)))  # x + gate · branch(x)
         return torch.addcmul(x, gates[1], self.mlp(self.norm2(x)))
 
 class ViT(nn.Module):
@@ -140,7 +140,7 @@ def resample(positions, grid):
 
 def load_encoder(network, source):
     """Load an encoder (ours, timm's, DINO's, MAE's, the official release's) into a ViT, strictly ->
-    the names that were left aside. Raises with the first keys that differ."""
+    the names left aside (ASIDE: heads, decoders). Raises with the first keys that differ."""
     state, aside = read_weights(source), []
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state.get(key), dict):
@@ -195,7 +195,7 @@ class Teacher(nn.Module):
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
         levels, attention, self.outputs, self.attention = self.outputs, self.attention, [], []
-        return levels[-self.levels:], attention[-1]
+        return levels[-self.levels:], attention[-1]  # a call that failed may have left some
 
 def load_teacher(name, weights=None, levels=5):
     """A name in VITS or open_clip's -> Teacher of the last levels. weights: open_clip's tag, dino,
@@ -296,4 +296,4 @@ class MaskAlign(nn.Module):
         predictions = self.align(features)                               # 3.3: K times [B,1+V,E]
         targets = [whiten(take(level, keep)) for level in levels]        #      K times [B,1+V,E]
         # L = 1/K Σ_k L(ŷ_k,ȳ_k)
-        return torch.stack([align_loss(*pair) for pair in zip(predictions, targets)]).mean()
+        return torch.stack([align_loss(p, t) for p, t in zip(predictions, targets)]).mean()
