@@ -15,9 +15,8 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple as pair  # an int or a pair -> a pair
 from torch import nn
-from torch.nn.modules.utils import _pair as pair  # an int or (height, width) -> (height, width)
 
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VITS = {  # timm's names; the last is for the built-in digits
@@ -271,7 +270,8 @@ class DynamicAlignment(nn.Module):
     def forward(self, features):
         """List of S tensors [B,1+V,D] -> list of K tensors [B,1+V,E]."""
         # ŷ_k = A_k( Σ_s W_ks x_s )
-        mixed = einsum(self.matrix, torch.stack(features), "k s, s b v d -> k b v d")
+        with torch.autocast(self.matrix.device.type, enabled=False):  # bf16 rounds 1.01 to 1.0078
+            mixed = einsum(self.matrix, torch.stack(features), "k s, s b v d -> k b v d")
         return [adaptor(x) for adaptor, x in zip(self.adaptors, mixed)]
 
 class MaskAlign(nn.Module):

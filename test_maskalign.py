@@ -220,6 +220,28 @@ def test_teacher_in_bf16_weights_stays_in_bf16(name):
         assert (ma.whiten(a) - ma.whiten(b)).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_has_the_loss_and_gradients_of_fp32(seed):
+    torch.manual_seed(seed)
+    model = ma.MaskAlign(ma.vit("vit_digits_patch4_32", drop_path=0.1), teacher := ma.load_teacher(
+        "vit_digits_patch4_32", None, levels=3))
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    noise = torch.rand(64, 64 + 8)
+    levels, attention = teacher(images)
+    keep = ma.attentive_keep(attention, 0.7, noise[:, :64])  # in bf16 now and then another
+    results = []
+    for enabled in (False, True):
+        seen = teacher.to(torch.bfloat16)(images) if enabled else (levels, attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(images, *seen, keep, noise)
+        results.append((loss, torch.autograd.grad(loss, [
+            p for p in model.parameters() if p.requires_grad])))
+    (exact, exact_gradients), (loss, gradients) = results
+    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 1e-3
+    for a, b in zip(exact_gradients, gradients):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.05 * a.norm()
+
+
 # --- 3.3 alignment ------------------------------------------------------------------------------
 
 @given(st.floats(0.5, 4), st.floats(-3, 3))
