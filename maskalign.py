@@ -235,8 +235,7 @@ def visible(patches, ratio):
 def attentive_keep(attention, ratio, noise=None):
     """Attention [B,N] -> keep [B,V], drawn without replacement, in proportion to attention."""
     noise = torch.rand(attention.shape, device=attention.device) if noise is None else noise
-    # Deviation: Gumbel top-k has the distribution of the official code's multinomial, but neither
-    # waits for the GPU nor fails when fewer than V weights are positive.
+    # Deviation: Gumbel top-k, distributed as the official multinomial, needs no wait for the GPU.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
     score = attention.float().log() - torch.log(-torch.log(noise.clamp(min=1e-20)))
     return score.topk(visible(attention.shape[1], ratio), dim=1).indices
@@ -257,9 +256,8 @@ def align_loss(pred, target):
 
 class DynamicAlignment(nn.Module):
     """Mixes the S student levels for each of K teacher levels by the Dynamic Alignment matrix W,
-    `matrix` [K,S], and maps width D to E.
-    Deviation: only the K rows and adaptors that the loss reaches exist, and S may differ from the
-    teacher's depth: each row starts with its 1 at evenly matched depth (identity if equal)."""
+    `matrix` [K,S], and maps width D to E. Deviation: only the K rows and adaptors that the loss
+    reaches exist; each row's 1 starts at evenly matched depth (identity at equal depths)."""
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
         last = range(teacher_depth - levels + 1, teacher_depth + 1)  # levels count from 1

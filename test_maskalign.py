@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -830,13 +831,23 @@ def test_without_a_compiler_nothing_is_compiled_and_that_is_said(tmp_path, folde
     assert saved(tmp_path / "out") == 12
 
 
-def test_out_of_memory_names_the_flag(tmp_path, folder, monkeypatch, capsys):
-    def full(*arguments, **options):
-        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
-    monkeypatch.setattr(train.MaskAlign, "forward", full)
-    with pytest.raises(SystemExit):
-        main(*on_folder(folder, tmp_path), "--workers", 0)
-    assert "lower --micro-batch Tried to allocate 9 GiB" in capsys.readouterr().err
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize("most", [3, 0])
+def test_out_of_memory_names_what_would_fit(tmp_path, folder, monkeypatch, capsys, task, most):
+    real, held = ma.ViT.forward, []
+
+    def full(self, images, *rest, **options):
+        if self.cls_token.requires_grad and len(images) > most:
+            held.append(weakref.ref(images))
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        assert all(image() is None for image in held)  # what failed has let go of its memory
+        return real(self, images, *rest, **options)
+    monkeypatch.setattr(ma.ViT, "forward", full)
+    with pytest.raises(SystemExit) as error:
+        main(*on_folder(folder, tmp_path, "--task", task), "--workers", 0, "--micro-batch", 12)
+    assert error.value.code == 2 and saved(tmp_path) == 0
+    assert capsys.readouterr().err.endswith(
+        f"train.py: error: --micro-batch 12 exceeds memory, {most} fits\n")
 
 
 def long(folder, out, *more):

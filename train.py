@@ -7,7 +7,7 @@
 --data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
 as needed), digits:N (N of them) or synthetic (noise on the device). --out/last.pt is resumed.
 """
-import argparse, atexit, ctypes, functools, hashlib, itertools, json, logging, math, os, sys, time
+import argparse, atexit, contextlib, ctypes, functools, hashlib, json, logging, math, os, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
 COLUMNS = ("epochs", "batch_size", "blr", "min_lr", "warmup_epochs", "weight_decay", "drop_path",
            "layer_decay", "eval_every")
-RECIPES = {  # each default stands here, once: paper.md's for ViT-B on ImageNet, then the digits'
+RECIPES = {  # each default stands here, once: the paper's for ViT-B on ImageNet, then the digits'
     "pretrain": (200.0, 1024, 1.5e-4, 1e-5, 20.0, 0.05, 0.1, 1.0, 20.0),
     "finetune": (100.0, 1024, 3e-4, 1e-6, 5.0, 0.05, 0.2, 0.55, 1.0),
     "probe": (90.0, 16384, 0.025, 0.0, 10.0, 0.0, 0.0, 1.0, 1.0),
@@ -138,18 +138,17 @@ def order(count, seed, epoch):
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     return torch.randperm(count, generator=generator).tolist()
 
-def loader(source, batches, args, device):
+def loader(source, keys, size, args, device):
     torch.multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # once, not by worker
     yield from torch.utils.data.DataLoader(  # workers by fork could hang where threads are
-        source, batch_sampler=batches, collate_fn=tuple, pin_memory=device.type == "cuda",
+        source, size, sampler=keys, collate_fn=tuple, pin_memory=device.type == "cuda",
         num_workers=args.workers, multiprocessing_context="forkserver" if args.workers else None)
 
 class Classifier(nn.Module):
     """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
     def __init__(self, student, classes, probe):
         super().__init__()
-        self.student = student.requires_grad_(not probe)
-        student.norm.requires_grad_(False)
+        self.student = student.requires_grad_(False) if probe else student
         norm = nn.BatchNorm1d(student.dim, affine=False) if probe else nn.LayerNorm(student.dim)
         self.align = nn.Sequential(norm, nn.Linear(student.dim, classes))
         nn.init.normal_(self.align[1].weight, std=0.01)
@@ -178,9 +177,8 @@ def learning_rate(step, steps, warmup, peak, floor):
 @torch.no_grad()
 def outputs(function, source, args, device):
     """function(images) and label of every image of a source -> [n,C], [n]."""
-    batches = torch.tensor([(0, i) for i in range(len(source.names))]).split(256)
-    pairs = [(function(images.to(device)).float(), labels.to(device))
-             for images, labels, _ in loader(source, [b.tolist() for b in batches], args, device)]
+    pairs = [(function(images.to(device)).float(), labels.to(device)) for images, labels, _ in
+             loader(source, [(0, i) for i in range(len(source.names))], 256, args, device)]
     return map(torch.cat, zip(*pairs))
 
 def knn(encoder, bank, val, args, device):
@@ -276,22 +274,28 @@ def train(args):
         print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} "
               f"= {world} processes x {parts} x {micro}{'; finished' if done == steps else ''}; lr "
               f"{rate(warmup):.2e}; {device} {amp}; {'' if val else 'no '}evaluation", flush=True)
-    run, observe = model, teacher
+    run, observe = model, teacher or (lambda images: ())
     if cuda if args.compile is None else args.compile:
         try:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
-            run, observe = torch.compile(model), teacher and torch.compile(teacher)
+            run, observe = torch.compile(model), torch.compile(observe)
         except Exception as error:
             print(f"no compiler works here, so nothing is compiled: {str(error)[:200]}")
-    run = nn.parallel.DistributedDataParallel(run) if world > 1 else run
+    ddp = nn.parallel.DistributedDataParallel(run) if world > 1 else run
+    def backward(images, labels, noise):  # -> loss; DDP cannot be called again after a failure
+        loss = cast(ddp if len(images) == micro else run)(images, *observe(images), noise=noise)
+        loss = loss if teacher else F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
+        # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
+        scaler.scale(loss / parts * (1 + 0 * loss.detach())).backward()
+        return loss.detach()
     def keys(step, rank):  # a step's images are the same at any number of processes
         places = range(step * batch, (step + 1) * batch)[rank * share:][:share]
         return [(at // count, order(count, args.seed, at // count)[at % count]) for at in places]
-    stream = loader(data, (keys(step, rank)[at:at + micro] for step in range(done, steps)
-                           for at in range(0, share, micro)), args, device)
+    ahead = (key for step in range(done, steps) for key in keys(step, rank))
+    stream = loader(data, ahead, micro, args, device)
     if args.data.startswith("synthetic"):
         images = torch.randint(256, (micro, 3, *data.size), dtype=torch.uint8, device=device)
-        stream = itertools.repeat((images, images[:, 0, 0, 0] % 10, {}))
+        stream = iter(lambda: (images, images[:, 0, 0, 0] % 10, {}), None)  # for ever
     columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
     bar = tqdm(range(done, steps), initial=done, total=steps, disable=rank > 0, mininterval=10)
     trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
@@ -310,14 +314,14 @@ def train(args):
             if mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", done, rank, part))
                 images, labels = mix(images / 255, labels)
-            seen = observe(images) if teacher else ()
-            run.require_backward_grad_sync = part == parts - 1  # of DDP, as its no_sync() does
-            loss = cast(run)(images, *seen, noise=piece)
-            if not teacher:
-                loss = F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
-            losses.append(loss.detach())
-            # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
-            scaler.scale(loss / parts * (1 + 0 * losses[-1])).backward()
+            ddp.require_backward_grad_sync = part == parts - 1  # as its no_sync() does
+            fits = 2 * micro
+            while fits := fits // 2:  # again with half, only to tell what would have fitted
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    losses.append(backward(images[:fits], labels[:fits], piece[:fits]))
+                    break
+            if fits < micro:
+                raise torch.OutOfMemoryError(f"--micro-batch {micro} exceeds memory, {fits} fits")
         scaler.unscale_(optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler.step(optimiser)  # takes none if a gradient is not finite
@@ -349,10 +353,9 @@ def train(args):
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
         rounds = [int(at / epoch / args.eval_every) for at in (first, done)]
         if val and (rounds[0] < rounds[1] or done == steps):
-            model.eval()
-            record |= dict(knn=knn(cast(model.student), bank, val, args, device)) if teacher else (
-                dict(zip(("top1", "top5"), map(float, accuracy(
-                    *outputs(cast(model), val, args, device), topk=(1, 5))))))
+            record |= dict(zip(("top1", "top5"), map(float, accuracy(*outputs(
+                cast(model.eval()), val, args, device), topk=(1, 5))))) if not teacher else (
+                    dict(knn=knn(cast(model.eval().student), bank, val, args, device)))
             model.train()
         if rank == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
             write(out / "best.pt", model.state_dict())
@@ -412,10 +415,9 @@ def main(argv=None):
             atexit.register(dist.destroy_process_group)
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionResetError: "worker died"}
-        text = " ".join(f"{hints.get(type(error), '')} {error}".split())
-        print(f"train.py: error: {text}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        died = "a loader worker died: " * isinstance(error, ConnectionResetError)
+        parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS)
+        parser.error(died + " ".join(str(error).split()))
 
 if __name__ == "__main__":
     main()
