@@ -847,7 +847,7 @@ def test_out_of_memory_names_what_would_fit(tmp_path, folder, monkeypatch, capsy
         main(*on_folder(folder, tmp_path, "--task", task), "--workers", 0, "--micro-batch", 12)
     assert error.value.code == 2 and saved(tmp_path) == 0
     assert capsys.readouterr().err.endswith(
-        f"train.py: error: --micro-batch 12 exceeds memory, {most} fits\n")
+        f": error: --micro-batch 12 exceeds memory, {most} fits\n")
 
 
 def long(folder, out, *more):
@@ -1000,7 +1000,7 @@ def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monke
     with pytest.raises(SystemExit):
         train.main([*argv, "--out", str(tmp_path / "full")])
     assert not (tmp_path / "full" / "last.pt").exists()
-    errors = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
+    errors = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert len(errors) == 4 and all("last.pt was not read" in line for line in errors[:2])
     assert "no last.pt" in errors[2] and "could not be written" in errors[3]
 

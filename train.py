@@ -148,7 +148,8 @@ class Classifier(nn.Module):
     """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
     def __init__(self, student, classes, probe):
         super().__init__()
-        self.student = student.requires_grad_(False) if probe else student
+        self.student = student.requires_grad_(not probe)
+        student.norm.requires_grad_(False)
         norm = nn.BatchNorm1d(student.dim, affine=False) if probe else nn.LayerNorm(student.dim)
         self.align = nn.Sequential(norm, nn.Linear(student.dim, classes))
         nn.init.normal_(self.align[1].weight, std=0.01)
@@ -416,8 +417,7 @@ def main(argv=None):
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         died = "a loader worker died: " * isinstance(error, ConnectionResetError)
-        parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS)
-        parser.error(died + " ".join(str(error).split()))
+        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(died + " ".join(str(error).split()))
 
 if __name__ == "__main__":
     main()
