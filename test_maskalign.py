@@ -850,6 +850,33 @@ def test_out_of_memory_names_what_would_fit(tmp_path, folder, monkeypatch, capsy
         f": error: --micro-batch 12 exceeds memory, {most} fits\n")
 
 
+def test_two_ranks_name_what_would_fit_after_a_backward_pass_without_memory(tmp_path, folder):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+class Full(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+    @staticmethod
+    def backward(context, gradient):
+        if len(gradient) > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return gradient
+real = train.MaskAlign.forward
+def forward(self, images, *rest, **options):
+    self.student.blocks[1].register_forward_hook(lambda block, inputs, x: Full.apply(x))
+    return real(self, images, *rest, **options)
+train.MaskAlign.forward = forward
+train.main()
+""")
+    error = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, ranks=2, code=2,
+                script=script).stderr
+    assert "--micro-batch 6 exceeds memory, 1 fits" in error and "RuntimeError" not in error
+
+
 def long(folder, out, *more):
     return on_folder(folder, out, "--epochs", 40, "--save-every", 10, "--workers", 0,
                      "--eval-every", 20, *more)

@@ -283,11 +283,12 @@ def train(args):
         except Exception as error:
             print(f"no compiler works here, so nothing is compiled: {str(error)[:200]}")
     ddp = nn.parallel.DistributedDataParallel(run) if world > 1 else run
-    def backward(images, labels, noise):  # -> loss; DDP cannot be called again after a failure
+    def backward(images, labels, noise):  # -> loss; a second try must go round DDP's hooks
         loss = cast(ddp if len(images) == micro else run)(images, *observe(images), noise=noise)
         loss = loss if teacher else F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
         # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
-        scaler.scale(loss / parts * (1 + 0 * loss.detach())).backward()
+        cost = scaler.scale(loss / parts * (1 + 0 * loss.detach()))
+        cost.backward() if len(images) == micro else torch.autograd.grad(cost, groups[0]["params"])
         return loss.detach()
     def keys(step, rank):  # a step's images are the same at any number of processes
         places = range(step * batch, (step + 1) * batch)[rank * share:][:share]
@@ -317,10 +318,9 @@ def train(args):
                 images, labels = mix(images / 255, labels)
             ddp.require_backward_grad_sync = part == parts - 1  # as its no_sync() does
             fits = 2 * micro
-            while fits := fits // 2:  # again with half, only to tell what would have fitted
+            while len(losses) == part and (fits := fits // 2):  # halves, only to name one that fits
                 with contextlib.suppress(torch.OutOfMemoryError):
                     losses.append(backward(images[:fits], labels[:fits], piece[:fits]))
-                    break
             if fits < micro:
                 raise torch.OutOfMemoryError(f"--micro-batch {micro} exceeds memory, {fits} fits")
         scaler.unscale_(optimiser)
