@@ -71,8 +71,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gates[1], self.mlp(self.norm2(x)))
 
 class ViT(nn.Module):
-    """A plain Vision Transformer with timm's parameter names; image_size is an int or (height,
-    width). `norm` is there for timm's sake: no level passes through it and it is not trained."""
+    """A plain Vision Transformer, timm's parameter names; image_size: an int or (height, width)."""
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
         self.image_size, self.patch_size, self.dim = pair(image_size), patch_size, dim
@@ -84,7 +83,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
+        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # for timm's sake, unused
         self.apply(initialise)
     def gates(self, images, noise):
         """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 by chance p, or 1/(1−p)."""
@@ -158,11 +157,10 @@ def load_encoder(network, source):
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
 def cls_attention(x, attn):
-    """Input [B,1+N,E] of a self-attention module -> its attention [B,N], fp32, of [CLS] to the
-    patches, averaged over heads. Our modules and open_clip's both pack q, k, v in this order."""
+    """Input [B,1+N,E] of self-attention -> its attention [B,N], fp32, of [CLS], mean over heads."""
     packed = (attn.qkv.weight, attn.qkv.bias) if hasattr(attn, "qkv") else (
         attn.in_proj_weight, attn.in_proj_bias)
-    (w_q, w_k, _), (b_q, b_k, _) = (weight.chunk(3) for weight in packed)
+    (w_q, w_k, _), (b_q, b_k, _) = (weight.chunk(3) for weight in packed)  # q, k, v in both
     q = rearrange(F.linear(x[:, 0], w_q, b_q), "b (h d) -> b h d", h=attn.num_heads)
     k = rearrange(F.linear(x, w_k, b_k), "b n (h d) -> b n h d", h=attn.num_heads)
     # a = mean_h softmax(q_cls·k/√d): a row for each head, never the N×N map

@@ -558,6 +558,51 @@ def test_two_ranks_on_a_folder_equal_one_and_workers_change_nothing(tmp_path, fo
                    for key in ("step", "epoch", "loss", "lr", "grad_norm", "knn") if key in one)
 
 
+def test_ranks_share_an_evaluation(monkeypatch):
+    source, parts = train.Digits(7, (16, 16), 0, True), []
+    arguments = (lambda images: images.float().mean((2, 3)), source, train.parse([]),
+                 torch.device("cpu"))
+    means, labels = train.outputs(*arguments)
+    assert means.shape == (7, 3) and labels.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(train, "WORLD", 3)
+    monkeypatch.setattr(train.dist, "all_gather_object",
+                        lambda ranks, mine: parts.append(mine) or ranks.__setitem__(
+                            slice(None), parts + [[]] * (3 - len(parts))))
+    for rank in range(3):
+        monkeypatch.setattr(train, "RANK", rank)
+        shared, owners = train.outputs(*arguments)
+    assert [sum(len(each) for _, each in part) for part in parts] == [3, 2, 2]
+    assert owners.tolist() == [0, 3, 6, 1, 4, 2, 5] and torch.equal(shared, means[owners])
+
+
+def test_names_that_only_look_like_digits_or_noise_are_folders(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(folder, "synthetic_photos")
+    os.symlink(folder, "digits_photos")
+    main(*on_folder("synthetic_photos", "noise", "--workers", 0, "--epochs", 1))
+    main(*on_folder(folder, "photos", "--workers", 0, "--epochs", 1))
+    assert same(weights(tmp_path / "noise"), weights(tmp_path / "photos"), 0)
+    assert train.parse(["--data", "digits_photos"]).epochs == 200
+
+
+def test_val_without_classes_is_not_trained_on(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / split / "a.png")
+    data, bank, val = train.open_data(train.parse(["--data", str(tmp_path)]), (32, 32))
+    assert [Path(name).parent.name for name in data.names] == ["train"] and val is None
+
+
+def test_another_precision_does_not_resume(tmp_path, folder, capsys):
+    main(*on_folder(folder, tmp_path, "--workers", 0, "--epochs", 1))
+    assert f"lr {1.5e-4 * 12 / 256:.2e}; cpu off; evaluation\n" in capsys.readouterr().out
+    main(*on_folder(folder, tmp_path, "--workers", 0, "--epochs", 1, "--amp", "off"))
+    assert "evaluation; finished\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(*on_folder(folder, tmp_path, "--workers", 0, "--epochs", 1, "--amp", "bf16"))
+    assert "amp off -> bf16" in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "last.pt").write_bytes(b"old")
 
@@ -687,7 +732,7 @@ def test_fifty_thousand_files_are_scanned_in_seconds_and_by_one_rank(tmp_path, m
     start = time.perf_counter()
     found = train.scan(str(tmp_path))
     assert time.perf_counter() - start < 5 and len(found) == 50000
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train, "RANK", 1)
     monkeypatch.setattr(train, "scan", None)
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train.dist, "broadcast_object_list",
@@ -777,9 +822,9 @@ def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda m: real(m, backend="eager", fullgraph=True))
     steps, rate = [], train.learning_rate
 
-    def count(step, *rest):  # from step 3 on, evaluation in between, nothing is compiled anew
+    def count(step, *rest):  # from step 2 on, evaluation in between, nothing is compiled anew
         steps.append(step)
-        torch._dynamo.config.error_on_recompile = step >= 2
+        torch._dynamo.config.error_on_recompile = step >= 1
         return rate(step, *rest)
     monkeypatch.setattr(train, "learning_rate", count)
     try:

@@ -7,7 +7,7 @@
 --data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
 as needed), digits:N (N of them) or synthetic (noise on the device). --out/last.pt is resumed.
 """
-import argparse, atexit, contextlib, ctypes, functools, hashlib, json, logging, math, os, sys, time
+import argparse, contextlib, ctypes, functools, hashlib, json, logging, math, os, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from maskalign import MaskAlign, load_encoder, load_teacher, read_weights, vit, whiten
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
 COLUMNS = ("epochs", "batch_size", "blr", "min_lr", "warmup_epochs", "weight_decay", "drop_path",
@@ -79,12 +80,11 @@ def as_seen(image):
 class Folder:
     """Images of (file, class) pairs, at random cropped, flipped and more for a task; or centred."""
     def __init__(self, files, classes, size, seed, task=None):
-        (self.names, names), self.classes, self.size, self.seed = zip(*files), classes, size, seed
-        self.labels = [classes.get(name, 0) for name in names]
+        (self.names, folders), self.classes, self.size, self.seed = zip(*files), classes, size, seed
+        self.labels = [classes.get(folder, 0) for folder in folders]
         self.limit = min(len(files) - 1, max(10, len(files) // 100))  # of unreadable files
-        area = (0.2 if task == "pretrain" else 0.08, 1.0)
-        crop = [v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC),
-                v2.RandomHorizontalFlip()] if task else [
+        crop = [v2.RandomResizedCrop(size, (0.2 if task == "pretrain" else 0.08, 1.0),
+                interpolation=Image.BICUBIC), v2.RandomHorizontalFlip()] if task else [
                     v2.Resize(min(size) * 256 // 224, Image.BICUBIC), v2.CenterCrop(size)]
         more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
         self.augment = v2.Compose([v2.PILToTensor(), *crop, *more])  # uint8 tensors resize faster
@@ -118,14 +118,14 @@ def open_data(args, size):
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
         return train, bank, Digits(1000, size, -1, True) if kind == "digits" else None
-    found = [scan(args.data) if os.environ.get("RANK", "0") == "0" else None]
+    found = [scan(args.data) if RANK == 0 else None]
     if dist.is_initialized():  # a network disk may show each rank another folder
         dist.broadcast_object_list(found)
     files, val = ([(file, name) for file, split, name in found[0] if split == part and name]
                   for part in ("train", "val"))
     classes = {name: i for i, name in enumerate(sorted({name for _, name in files}))}
     if not classes:
-        files, val = [(file, "") for file, _, _ in found[0]], []
+        files, val = [(file, "") for file, split, _ in found[0] if split != "val"], []
     if not files:
         raise ValueError(f"--data: there is no such folder, or no image in it: {args.data}")
     if odd := {name for _, name in val} - classes.keys():
@@ -177,10 +177,14 @@ def learning_rate(step, steps, warmup, peak, floor):
 
 @torch.no_grad()
 def outputs(function, source, args, device):
-    """function(images) and label of every image of a source -> [n,C], [n]."""
-    pairs = [(function(images.to(device)).float(), labels.to(device)) for images, labels, _ in
-             loader(source, [(0, i) for i in range(len(source.names))], 256, args, device)]
-    return map(torch.cat, zip(*pairs))
+    """function(images) and label of every image of a source -> [n,C], [n]; the ranks share it."""
+    keys = [(0, index) for index in range(len(source.names))][RANK::WORLD]
+    mine = [(function(images.to(device)).float().cpu(), labels)
+            for images, labels, _ in loader(source, keys, 256, args, device)]
+    ranks = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, mine)
+    return [torch.cat(each).to(device) for each in zip(*sum(ranks, []))]
 
 def knn(encoder, bank, val, args, device):
     """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
@@ -224,43 +228,42 @@ def build(args, device, dtype):
 
 def train(args):
     """Run one task -> (model, teacher, bank, val, last record of the log)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     amp = args.amp or (half if cuda else "off")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
-    cast = torch.autocast(device.type, dtype, enabled=amp != "off")  # training and evaluation
-    share, rest = divmod(batch, world)
+    cast = torch.autocast(device.type, dtype, enabled=amp != "off")  # a decorator: cast(f)(x)
+    share, rest = divmod(batch, WORLD)
     if rest:
-        raise ValueError(f"--batch-size {batch} is not divisible by {world} processes")
+        raise ValueError(f"--batch-size {batch} is not divisible by {WORLD} processes")
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
     model, teacher, (data, bank, val) = build(args, device, dtype)
-    count, parts, epoch = len(data.names), share // micro, len(data.names) / batch  # epoch: steps
-    steps, warmup = max(1, int(args.epochs * epoch)), int(args.warmup_epochs * epoch)
+    count, parts, per_epoch = len(data.names), share // micro, len(data.names) / batch  # steps
+    steps, warmup = max(1, int(args.epochs * per_epoch)), int(args.warmup_epochs * per_epoch)
     rate = lambda step: learning_rate(step, steps, warmup, args.blr * batch / 256, args.min_lr)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
         torch.optim.AdamW(groups, betas=(0.9, 0.95 if teacher else 0.999), fused=True))
     # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
-    scaler = torch.amp.GradScaler(device.type, 2.0 ** 16 if amp == "fp16" else 1.0,
-                                  growth_interval=2000 if amp == "fp16" else 2 ** 31 - 1)
+    scale, interval = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
+    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=interval)
     smoothing = 0.1 * (args.task == "finetune")
     mix = smoothing and isinstance(data, Folder) and v2.RandomChoice([
         f(alpha=a, num_classes=len(data.classes)) for f, a in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
-    settings = {key: vars(args)[key] for key in vars(args).keys() - FREE} | dict(images=count)
+    settings = {k: vars(args)[k] for k in vars(args).keys() - FREE} | dict(images=count, amp=amp)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
     done, log, bad = 0, [], {}
     def save():
         state = {name: part.state_dict() for name, part in kept.items()}
         write(out / "student.pt", state["student"])
         write(out / "last.pt", state | dict(step=done, log=log, bad=bad, arguments=settings))
-    if rank == 0 and not (out / "last.pt").exists():
+    if RANK == 0 and not (out / "last.pt").exists():
         if (out / "log.jsonl").exists():
             raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         save()
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
     last = read_weights(out / "last.pt")  # a new run's, too
     old = last.get("arguments", {})
@@ -269,56 +272,55 @@ def train(args):
     for name, part in kept.items():
         part.load_state_dict(last.pop(name))
     done, log, bad = last["step"], last["log"], last["bad"]
-    sink = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)  # by the line
+    sink = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)  # by the line
     sink.writelines(json.dumps(record) + "\n" for record in log)
-    if rank == 0:
+    if RANK == 0:
         print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} "
-              f"= {world} processes x {parts} x {micro}{'; finished' if done == steps else ''}; lr "
-              f"{rate(warmup):.2e}; {device} {amp}; {'' if val else 'no '}evaluation", flush=True)
+              f"= {WORLD} processes x {parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device} "
+              f"{amp}; {'no ' * (not val)}evaluation{'; finished' * (done == steps)}", flush=True)
     run, observe = model, teacher or (lambda images: ())
-    if cuda if args.compile is None else args.compile:
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    if args.compile or (cuda and args.compile is None):
+        try:  # a type that einops first meets in a trace, as Parameter, would have it traced again
+            torch.compile(lambda x: rearrange(x, "... -> ...") + 1)(next(model.parameters()))
             run, observe = torch.compile(model), torch.compile(observe)
         except Exception as error:
             print(f"no compiler works here, so nothing is compiled: {str(error)[:200]}")
-    ddp = nn.parallel.DistributedDataParallel(run) if world > 1 else run
+    ddp = nn.parallel.DistributedDataParallel(run) if WORLD > 1 else run
     def backward(images, labels, noise):  # -> loss; a second try must go round DDP's hooks
         loss = cast(ddp if len(images) == micro else run)(images, *observe(images), noise=noise)
         loss = loss if teacher else F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
-        # 0·inf = NaN: a loss that is not finite leaves no finite gradient on any rank
-        cost = scaler.scale(loss / parts * (1 + 0 * loss.detach()))
+        cost = scaler.scale(loss / parts * (1 + 0 * loss.detach()))  # 0·inf = NaN, for all ranks
         cost.backward() if len(images) == micro else torch.autograd.grad(cost, groups[0]["params"])
         return loss.detach()
     def keys(step, rank):  # a step's images are the same at any number of processes
         places = range(step * batch, (step + 1) * batch)[rank * share:][:share]
         return [(at // count, order(count, args.seed, at // count)[at % count]) for at in places]
-    ahead = (key for step in range(done, steps) for key in keys(step, rank))
+    ahead = (key for step in range(done, steps) for key in keys(step, RANK))
     stream = loader(data, ahead, micro, args, device)
-    if args.data.startswith("synthetic"):
-        images = torch.randint(256, (micro, 3, *data.size), dtype=torch.uint8, device=device)
-        stream = iter(lambda: (images, images[:, 0, 0, 0] % 10, {}), None)  # for ever
-    columns = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
-    bar = tqdm(range(done, steps), initial=done, total=steps, disable=rank > 0, mininterval=10)
+    if args.data.partition(":")[0] == "synthetic":
+        still = torch.randint(256, (micro, 3, *data.size), dtype=torch.uint8, device=device)
+        stream = iter(lambda: (still, still[:, 0, 0, 0] % 10, {}), None)  # for ever
+    draws = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
+    bar = tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0, mininterval=10)
     trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
-    for done in bar:
+    for done, step in enumerate(bar, done + 1):  # done: once this step is
         for group in optimiser.param_groups:
-            group["lr"] = rate(done) * group["scale"]
-        generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", done))
-        noise = torch.rand(batch, columns, generator=generator, device=device)
+            group["lr"] = rate(step) * group["scale"]
+        generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", step))
+        noise = torch.rand(batch, draws, generator=generator, device=device)
         losses = []
-        for part, piece in enumerate(noise[rank * share:][:share].split(micro)):
+        for part, piece in enumerate(noise[RANK * share:][:share].split(micro)):
             asked = time.perf_counter()
             images, labels, unreadable = next(stream)
             waited += time.perf_counter() - asked
             fresh |= unreadable
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
             if mix:
-                torch.default_generator.manual_seed(seed_of(args.seed, "mix", done, rank, part))
+                torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
                 images, labels = mix(images / 255, labels)
             ddp.require_backward_grad_sync = part == parts - 1  # as its no_sync() does
-            fits = 2 * micro
-            while len(losses) == part and (fits := fits // 2):  # halves, only to name one that fits
+            fits = 2 * micro  # halved at once: only micro trains, less is tried to name what fits
+            while len(losses) == part and (fits := fits // 2):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     losses.append(backward(images[:fits], labels[:fits], piece[:fits]))
             if fits < micro:
@@ -329,40 +331,39 @@ def train(args):
         scaler.update()
         optimiser.zero_grad()
         trail.append(torch.stack([torch.stack(losses).mean(), norm]))
-        done += 1
         saves = done % args.save_every == 0 or done == steps
         if not saves and done % LOG_EVERY:
             continue
         first, mine = done - len(trail), (torch.stack(trail).tolist(), fresh)  # the host waits
-        ranks, taken = [mine] * world, time.perf_counter() - since
-        if world > 1:
+        ranks, taken = [mine] * WORLD, time.perf_counter() - since
+        if WORLD > 1:
             dist.all_gather_object(ranks, mine)
-        table = torch.tensor([each for each, _ in ranks]).permute(1, 2, 0)  # steps, pair, ranks
+        table = torch.tensor([each for each, _ in ranks]).permute(1, 2, 0)  # step, loss|norm, rank
         finite = table.isfinite() | torch.tensor([[False], [scaler.get_scale() >= 1]])  # fp16 skips
         for step, _, by in ((~finite).nonzero() + torch.tensor([first, 0, 0])).tolist():
             names = [data.names[index] for _, index in keys(step, by)]
             raise FloatingPointError(f"non-finite loss or gradient in step {step + 1}, rank {by}, "
                                      f"lr {rate(step):.3g}; {out}/last.pt is of before; {names}")
         new = {k: v for _, found in ranks for k, v in found.items() if k not in bad}
-        if rank == 0 and new:
+        if RANK == 0 and new:
             print(f"unreadable, their neighbours stand in: {new}", file=sys.stderr)
         bad |= new
         if len(bad) > data.limit:
             raise ValueError(f"{len(bad)} of {count} files are unreadable: {[*bad.items()][:3]}")
-        record = dict(step=done, epoch=done / epoch, loss=table[:, 0].mean().item(),
+        record = dict(step=done, epoch=done / per_epoch, loss=table[:, 0].mean().item(),
                       lr=rate(done - 1), grad_norm=table[-1, 1, 0].item(), unreadable=len(bad),
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
-        rounds = [int(at / epoch / args.eval_every) for at in (first, done)]
+        rounds = [int(at / per_epoch / args.eval_every) for at in (first, done)]
         if val and (rounds[0] < rounds[1] or done == steps):
-            record |= dict(zip(("top1", "top5"), map(float, accuracy(*outputs(
-                cast(model.eval()), val, args, device), topk=(1, 5))))) if not teacher else (
-                    dict(knn=knn(cast(model.eval().student), bank, val, args, device)))
+            record |= dict(knn=knn(cast(model.eval().student), bank, val, args, device)) if (
+                teacher) else dict(zip(("top1", "top5"), map(float, accuracy(
+                    *outputs(cast(model.eval()), val, args, device), topk=(1, 5)))))
             model.train()
-        if rank == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
+        if RANK == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
             write(out / "best.pt", model.state_dict())
         log.append(record)
         sink.write(json.dumps(record) + "\n")
-        if rank == 0 and saves:
+        if RANK == 0 and saves:
             save()
         bar.set_postfix(record, refresh=False)
         trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
@@ -372,10 +373,10 @@ def demo(args):  # a teacher with labels, a student without
     train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
     args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
     model, teacher, bank, val, record = train(args)
-    torch.manual_seed(args.seed)
-    device, untrained = model.align.matrix.device, vit(args.student).eval()
-    untrained, taught = (knn(encoder, bank, val, args, device) for encoder in (
-        untrained.to(device), lambda images: teacher(images)[0]))
+    torch.manual_seed(args.seed)  # the student as it began
+    device = model.align.matrix.device
+    untrained = knn(vit(args.student).to(device), bank, val, args, device)
+    taught = knn(lambda images: teacher(images)[0], bank, val, args, device)
     print(f"k-NN {KNN}, mean patch token: untrained student {untrained:.1f} %, "
           f"trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
@@ -390,7 +391,7 @@ def parse(argv):
             type=type("" if v is None else v), choices=CHOICES.get(key), help=f"default {values}")
         parser.add_argument("--" + key.replace("_", "-"), **options)
     args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    digits = args.get("data", COMMON["data"]).startswith("digits")
+    digits = args.get("data", COMMON["data"]).partition(":")[0] == "digits"
     demo = dict(DIGITS, teacher_weights="openai" if "teacher" in args else None) if digits else {}
     recipe = dict(zip(COLUMNS, RECIPES["digits" if digits else args["task"]]))
     args = argparse.Namespace(**COMMON | recipe | demo | args)
@@ -401,20 +402,21 @@ def parse(argv):
 
 def main(argv=None):
     """Run a command line in this process. Errors of use are one line and exit code 2."""
-    logging.disable(logging.ERROR)  # open_clip logs what its exceptions say, too
+    logging.root.setLevel(logging.CRITICAL)  # open_clip logs there what its exceptions say
     try:
         args = parse(argv)
         if "RANK" in os.environ and not dist.is_initialized():
             if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
                 ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() and args.device != "cpu":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             store, rank, world = next(dist.rendezvous("env://"))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(store=store, rank=rank, world_size=world)
-            atexit.register(dist.destroy_process_group)
         (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
+        if dist.is_initialized():  # after an error it could wait for the others
+            dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         died = "a loader worker died: " * isinstance(error, ConnectionResetError)
         argparse.ArgumentParser(usage=argparse.SUPPRESS).error(died + " ".join(str(error).split()))
