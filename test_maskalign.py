@@ -809,7 +809,7 @@ def test_speed_is_told_apart_from_waiting(tmp_path, folder, monkeypatch):
     assert max(logged(tmp_path / "resident", "data_wait")) < 0.01
 
 
-def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
+def test_graphs_are_whole_and_compiled_once(tmp_path, folder):
     model = ma.MaskAlign(small(), teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
     images, noise = torch.rand(2, 3, 12, 12), torch.rand(2, 15)
     seen = teacher(images)
@@ -818,20 +818,18 @@ def test_graphs_are_whole_and_compiled_once(tmp_path, folder, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(teacher, backend="eager", fullgraph=True)(images)
     assert all(map(torch.equal, seen[0], compiled[0])) and torch.equal(seen[1], compiled[1])
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m: real(m, backend="eager", fullgraph=True))
-    steps, rate = [], train.learning_rate
-
-    def count(step, *rest):  # from step 2 on, evaluation in between, nothing is compiled anew
-        steps.append(step)
-        torch._dynamo.config.error_on_recompile = step >= 1
-        return rate(step, *rest)
-    monkeypatch.setattr(train, "learning_rate", count)
-    try:
-        main(*on_folder(folder, tmp_path), "--workers", 0, "--compile")
-    finally:
-        torch._dynamo.config.error_on_recompile = False
-    assert max(steps) == 11
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train
+real = torch.compile
+torch.compile = lambda part: real(part, backend="eager", fullgraph=True)
+torch._dynamo.config.error_on_recompile = True  # with evaluation in between
+train.main()
+""")
+    run(*on_folder(folder, tmp_path / "out"), "--workers", 0, "--compile", script=script)
+    assert saved(tmp_path / "out") == 12
 
 
 def test_evaluation_has_the_precision_of_training(tmp_path, folder, monkeypatch):
