@@ -374,6 +374,15 @@ def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file, capsys
     assert "seed 0 -> 1" in capsys.readouterr().err
 
 
+def test_demo_hands_its_flags_to_teacher_and_student(tmp_path, capsys):
+    main("--epochs", 0.01, "--micro-batch", 32, "--device", "cpu", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("12 steps, from 0, of 64 = 1 processes x 2 x 32") == 2
+    assert [logged(tmp_path / part)[-1] for part in ("teacher", "student")] == [12, 12]
+    assert re.search(r"untrained student \d+\.\d %, trained student \d+\.\d %, teacher \d+\.\d %",
+                     printed)
+
+
 @pytest.mark.parametrize("argv, says", [
     (("--data", "/nowhere"), "no such folder"),
     (("--teacher", "nope"), "teacher nope is no known ViT"),

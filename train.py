@@ -370,7 +370,7 @@ def train(args):
     return model, teacher, bank, val, log[-1]
 
 def demo(args):  # a teacher with labels, a student without
-    train(parse(["--task", "finetune", "--out", f"{args.out}/teacher", "--seed", str(args.seed)]))
+    train(argparse.Namespace(**vars(args) | dict(task="finetune", out=f"{args.out}/teacher")))
     args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
     model, teacher, bank, val, record = train(args)
     torch.manual_seed(args.seed)  # the student as it began
