@@ -602,6 +602,18 @@ def test_val_without_classes_is_not_trained_on(tmp_path):
     assert [Path(name).parent.name for name in data.names] == ["train"] and val is None
 
 
+@pytest.mark.parametrize("task", ["finetune", "probe"])
+def test_only_fine_tuning_mixes_images_and_labels(tmp_path, folder, monkeypatch, task):
+    real, labels = train.F.cross_entropy, []
+    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, target, **options: (
+        labels.append(target) or real(logits, target, **options)))
+    main(*on_folder(folder, tmp_path, "--task", task), "--workers", 0, "--epochs", 2)
+    assert {target.ndim for target in labels} == {2 if task == "finetune" else 1}
+    if task == "finetune":
+        assert all(torch.allclose(target.sum(1), torch.ones(12)) for target in labels)
+        assert any(0.01 < target.max(1).values.min() < 0.99 for target in labels)
+
+
 def test_another_precision_does_not_resume(tmp_path, folder, capsys):
     main(*on_folder(folder, tmp_path, "--workers", 0, "--epochs", 1))
     assert f"lr {1.5e-4 * 12 / 256:.2e}; cpu off; evaluation\n" in capsys.readouterr().out
@@ -813,7 +825,8 @@ def test_speed_is_told_apart_from_waiting(tmp_path, folder, monkeypatch):
     # a step of 12 images sleeps 2 x 0.1 s, however fast the rest of it is on this machine
     assert record["step"] == 10 and record["images_per_s"] < 60 and record["data_wait"] < 1
     assert 0.2 <= record["data_wait"] * 12 / record["images_per_s"] < 0.3
-    monkeypatch.setattr(train, "loader", lambda *arguments: iter(()))  # nobody asks for it
+    monkeypatch.setattr(train, "loader", real)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", None)  # nobody asks for it
     main(*on_folder("synthetic:120", tmp_path / "resident"))
     assert max(logged(tmp_path / "resident", "data_wait")) < 0.01
 

@@ -48,7 +48,7 @@ class Digits:
     keys (epoch, index) -> images uint8 [b,3,H,W], labels [b], {file: reason} of the unreadable."""
     def __init__(self, count, size, seed, fixed):
         self.names, self.classes, self.glyphs = range(count), list("0123456789"), []
-        self.size, self.seed, self.fixed, self.limit = size, seed, fixed, 0
+        self.size, self.seed, self.fixed, self.limit, self.mix = size, seed, fixed, 0, None
         for digit in self.classes:
             glyph, font = Image.new("L", size[::-1]), ImageFont.load_default(size[0] * 7 / 8)
             ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), digit, 255, font, "mm")
@@ -88,6 +88,8 @@ class Folder:
                     v2.Resize(min(size) * 256 // 224, Image.BICUBIC), v2.CenterCrop(size)]
         more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
         self.augment = v2.Compose([v2.PILToTensor(), *crop, *more])  # uint8 tensors resize faster
+        self.mix = v2.RandomChoice([mix(alpha=alpha, num_classes=len(classes)) for mix, alpha in (
+            (v2.MixUp, 0.8), (v2.CutMix, 1.0))]) if more else None  # of a micro-batch
     def __getitems__(self, keys):
         images = torch.zeros(len(keys), 3, *self.size, dtype=torch.uint8)
         labels, bad = torch.zeros(len(keys), dtype=torch.long), {}
@@ -139,6 +141,9 @@ def order(count, seed, epoch):
     return torch.randperm(count, generator=generator).tolist()
 
 def loader(source, keys, size, args, device):
+    if args.data.partition(":")[0] == "synthetic":
+        images = torch.randint(256, (size, 3, *source.size), dtype=torch.uint8, device=device)
+        yield from iter(lambda: (images, images[:, 0, 0, 0] % 10, {}), None)  # for ever
     torch.multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # once, not by worker
     yield from torch.utils.data.DataLoader(  # workers by fork could hang where threads are
         source, size, sampler=keys, collate_fn=tuple, pin_memory=device.type == "cuda",
@@ -249,8 +254,6 @@ def train(args):
     scale, interval = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
     scaler = torch.amp.GradScaler(device.type, scale, growth_interval=interval)
     smoothing = 0.1 * (args.task == "finetune")
-    mix = smoothing and isinstance(data, Folder) and v2.RandomChoice([
-        f(alpha=a, num_classes=len(data.classes)) for f, a in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
     settings = {k: vars(args)[k] for k in vars(args).keys() - FREE} | dict(images=count, amp=amp)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
     done, log, bad = 0, [], {}
@@ -297,9 +300,6 @@ def train(args):
         return [(at // count, order(count, args.seed, at // count)[at % count]) for at in places]
     ahead = (key for step in range(done, steps) for key in keys(step, RANK))
     stream = loader(data, ahead, micro, args, device)
-    if args.data.partition(":")[0] == "synthetic":
-        still = torch.randint(256, (micro, 3, *data.size), dtype=torch.uint8, device=device)
-        stream = iter(lambda: (still, still[:, 0, 0, 0] % 10, {}), None)  # for ever
     draws = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
     bar = tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0, mininterval=10)
     trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
@@ -315,9 +315,9 @@ def train(args):
             waited += time.perf_counter() - asked
             fresh |= unreadable
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            if mix:
+            if data.mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
-                images, labels = mix(images / 255, labels)
+                images, labels = data.mix(images / 255, labels)
             ddp.require_backward_grad_sync = part == parts - 1  # as its no_sync() does
             fits = 2 * micro  # halved at once: only micro trains, less is tried to name what fits
             while len(losses) == part and (fits := fits // 2):
