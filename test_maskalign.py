@@ -394,6 +394,7 @@ def test_demo_hands_its_flags_to_teacher_and_student(tmp_path, capsys):
     (("--student", "vit_tiny_patch16_224"), "grids differ"),
     (("--layer-decay", "1.5"), "--layer-decay"),
     (("--batch-size", "0"), "--batch-size"),
+    (("--epochs", "inf"), "--epochs inf"),
 ])
 def test_bad_input_is_one_line(tmp_path, capsys, teacher_file, argv, says):
     with pytest.raises(SystemExit) as stop:

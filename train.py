@@ -396,7 +396,7 @@ def parse(argv):
     recipe = dict(zip(COLUMNS, RECIPES["digits" if digits else args["task"]]))
     args = argparse.Namespace(**COMMON | recipe | demo | args)
     for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
-        if not 0 < vars(args)[key] <= (1 if key == "layer_decay" else math.inf):
+        if not 0 < vars(args)[key] <= (1 if key == "layer_decay" else 1e9):
             raise ValueError(f"--{key.replace('_', '-')} {vars(args)[key]} is out of range")
     return args
 
