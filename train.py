@@ -180,16 +180,19 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step + 1 - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
+def gather(mine):  # any object -> that of every rank, which all wait for
+    ranks = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, mine)
+    return ranks
+
 @torch.no_grad()
 def outputs(function, source, args, device):
     """function(images) and label of every image of a source -> [n,C], [n]; the ranks share it."""
     keys = [(0, index) for index in range(len(source.names))][RANK::WORLD]
     mine = [(function(images.to(device)).float().cpu(), labels)
             for images, labels, _ in loader(source, keys, 256, args, device)]
-    ranks = [mine] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(ranks, mine)
-    return [torch.cat(each).to(device) for each in zip(*sum(ranks, []))]
+    return [torch.cat(each).to(device) for each in zip(*sum(gather(mine), []))]
 
 def knn(encoder, bank, val, args, device):
     """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
@@ -266,8 +269,7 @@ def train(args):
             raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         save()
-    if WORLD > 1:
-        dist.barrier()
+    gather(None)  # the others wait for rank 0's file
     last = read_weights(out / "last.pt")  # a new run's, too
     old = last.get("arguments", {})
     if odd := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
@@ -335,9 +337,7 @@ def train(args):
         if not saves and done % LOG_EVERY:
             continue
         first, mine = done - len(trail), (torch.stack(trail).tolist(), fresh)  # the host waits
-        ranks, taken = [mine] * WORLD, time.perf_counter() - since
-        if WORLD > 1:
-            dist.all_gather_object(ranks, mine)
+        taken, ranks = time.perf_counter() - since, gather(mine)
         table = torch.tensor([each for each, _ in ranks]).permute(1, 2, 0)  # step, loss|norm, rank
         finite = table.isfinite() | torch.tensor([[False], [scaler.get_scale() >= 1]])  # fp16 skips
         for step, _, by in ((~finite).nonzero() + torch.tensor([first, 0, 0])).tolist():
