@@ -147,10 +147,9 @@ def load_encoder(network, source):
     for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     aside += [key for key in state if key.startswith(ASIDE)]
-    state = {key: value for key, value in state.items() if not key.startswith(ASIDE)}
     try:
         state["pos_embed"] = resample(state["pos_embed"], network.grid)
-        network.load_state_dict(state)
+        network.load_state_dict({key: state[key] for key in state if key not in aside})
     except Exception as error:
         raise ValueError(f"{source} does not fit the encoder: {str(error)[:500]}")
     return aside
@@ -160,7 +159,7 @@ def cls_attention(x, attn):
     """Input [B,1+N,E] of self-attention -> its attention [B,N], fp32, of [CLS], mean over heads."""
     packed = (attn.qkv.weight, attn.qkv.bias) if hasattr(attn, "qkv") else (
         attn.in_proj_weight, attn.in_proj_bias)
-    (w_q, w_k, _), (b_q, b_k, _) = (weight.chunk(3) for weight in packed)  # q, k, v in both
+    (w_q, w_k, _), (b_q, b_k, _) = (weight.chunk(3) for weight in packed)  # both pack q, k, v
     q = rearrange(F.linear(x[:, 0], w_q, b_q), "b (h d) -> b h d", h=attn.num_heads)
     k = rearrange(F.linear(x, w_k, b_k), "b n (h d) -> b n h d", h=attn.num_heads)
     # a = mean_h softmax(q_cls·k/√d): a row for each head, never the N×N map

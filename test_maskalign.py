@@ -913,7 +913,7 @@ def test_out_of_memory_names_what_would_fit(tmp_path, folder, monkeypatch, capsy
         main(*on_folder(folder, tmp_path, "--task", task), "--workers", 0, "--micro-batch", 12)
     assert error.value.code == 2 and saved(tmp_path) == 0
     assert capsys.readouterr().err.endswith(
-        f": error: --micro-batch 12 exceeds memory, {most} fits\n")
+        f"train.py: error: lower --micro-batch (12 exceeds memory, {most} fits)\n")
 
 
 def test_two_ranks_name_what_would_fit_after_a_backward_pass_without_memory(tmp_path, folder):
@@ -940,7 +940,8 @@ train.main()
 """)
     error = run(*on_folder(folder, tmp_path / "out"), "--workers", 0, ranks=2, code=2,
                 script=script).stderr
-    assert "--micro-batch 6 exceeds memory, 1 fits" in error and "RuntimeError" not in error
+    assert "train.py: error: lower --micro-batch (6 exceeds memory, 1 fits)" in error
+    assert "RuntimeError" not in error
 
 
 def long(folder, out, *more):
@@ -1093,7 +1094,7 @@ def test_damaged_checkpoints_and_full_disks_are_one_line(tmp_path, folder, monke
     with pytest.raises(SystemExit):
         train.main([*argv, "--out", str(tmp_path / "full")])
     assert not (tmp_path / "full" / "last.pt").exists()
-    errors = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
     assert len(errors) == 4 and all("last.pt was not read" in line for line in errors[:2])
     assert "no last.pt" in errors[2] and "could not be written" in errors[3]
 

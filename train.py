@@ -180,7 +180,7 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step + 1 - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-def gather(mine):  # any object -> that of every rank, which all wait for
+def gather(mine):  # any object -> every rank's, by rank; all wait for the last
     ranks = [mine] * WORLD
     if WORLD > 1:
         dist.all_gather_object(ranks, mine)
@@ -326,7 +326,7 @@ def train(args):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     losses.append(backward(images[:fits], labels[:fits], piece[:fits]))
             if fits < micro:
-                raise torch.OutOfMemoryError(f"--micro-batch {micro} exceeds memory, {fits} fits")
+                raise torch.OutOfMemoryError(f"({micro} exceeds memory, {fits} fits)")
         scaler.unscale_(optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler.step(optimiser)  # takes none if a gradient is not finite
@@ -418,8 +418,9 @@ def main(argv=None):
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        died = "a loader worker died: " * isinstance(error, ConnectionResetError)
-        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(died + " ".join(str(error).split()))
+        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionResetError: "worker died"}
+        print("train.py: error:", *f"{hints.get(type(error), '')} {error}".split(), file=sys.stderr)
+        raise SystemExit(2) from error
 
 if __name__ == "__main__":
     main()
