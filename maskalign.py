@@ -232,7 +232,7 @@ def visible(patches, ratio):
 def attentive_keep(attention, ratio, noise=None):
     """Attention [B,N] -> keep [B,V], drawn without replacement, in proportion to attention."""
     noise = torch.rand(attention.shape, device=attention.device) if noise is None else noise
-    # Deviation: Gumbel top-k, distributed as the official multinomial, needs no wait for the GPU.
+    # Deviation: Gumbel top-k: multinomial's distribution, no wait for the GPU, zeros are allowed.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
     score = attention.float().log() - torch.log(-torch.log(noise.clamp(min=1e-20)))
     return score.topk(visible(attention.shape[1], ratio), dim=1).indices
