@@ -30,12 +30,13 @@ RECIPES = {  # each default stands here, once: the paper's for ViT-B on ImageNet
     "finetune": (100.0, 1024, 3e-4, 1e-6, 5.0, 0.05, 0.2, 0.55, 1.0),
     "probe": (90.0, 16384, 0.025, 0.0, 10.0, 0.0, 0.0, 1.0, 1.0),
     "digits": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0)}  # all tasks
-COMMON = dict(
-    data="digits", out="out", student="vit_base_patch16_224", init=None, seed=0, micro_batch=256,
-    teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, mask="attentive", amp=None,
-    mask_ratio=0.7, save_every=1000, compile=None, device=None, workers=min(16, os.cpu_count()))
+COMMON = dict(task="pretrain", data="digits", out="out", student="vit_base_patch16_224", init=None,
+              seed=0, teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, amp=None,
+              mask="attentive", mask_ratio=0.7, micro_batch=256, save_every=1000, compile=None,
+              device=None, workers=min(16, os.cpu_count()))
 DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
-CHOICES = dict(amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
+CHOICES = dict(task=[*RECIPES][:3], amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
+MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers", "seed"}
 FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
@@ -116,7 +117,7 @@ def scan(root):
 def open_data(args, size):
     """--data -> training source, the same without augmentation, labelled val source or None."""
     kind, _, count = args.data.partition(":")
-    if kind in ("digits", "synthetic"):
+    if kind in ("digits", "synthetic") and (count or "1").strip("0").isdecimal():
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
         return train, bank, Digits(1000, size, -1, True) if kind == "digits" else None
@@ -189,9 +190,9 @@ def gather(mine):  # any object -> every rank's, by rank; all wait for the last
 @torch.no_grad()
 def outputs(function, source, args, device):
     """function(images) and label of every image of a source -> [n,C], [n]; the ranks share it."""
-    keys = [(0, index) for index in range(len(source.names))][RANK::WORLD]
+    keys = [(0, index) for index in range(RANK, len(source.names), WORLD)]
     mine = [(function(images.to(device)).float().cpu(), labels)
-            for images, labels, _ in loader(source, keys, 256, args, device)]
+            for images, labels, _ in loader(source, keys, args.micro_batch, args, device)]
     return [torch.cat(each).to(device) for each in zip(*sum(gather(mine), []))]
 
 def knn(encoder, bank, val, args, device):
@@ -217,6 +218,10 @@ def write(path, content):
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
         raise OSError(f"{path} could not be written, and is as it was: {error}") from error
 
+def save(out, kept, **rest):  # kept: what has a state_dict
+    write(out / "student.pt", kept["student"].state_dict())
+    write(out / "last.pt", {name: part.state_dict() for name, part in kept.items()} | rest)
+
 def build(args, device, dtype):
     """-> (model, teacher or None, (training, bank, val) sources)."""
     torch.manual_seed(args.seed)
@@ -238,6 +243,8 @@ def train(args):
     """Run one task -> (model, teacher, bank, val, last record of the log)."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
+    if cuda and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU is available")
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     amp = args.amp or (half if cuda else "off")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
@@ -259,16 +266,11 @@ def train(args):
     smoothing = 0.1 * (args.task == "finetune")
     settings = {k: vars(args)[k] for k in vars(args).keys() - FREE} | dict(images=count, amp=amp)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
-    done, log, bad = 0, [], {}
-    def save():
-        state = {name: part.state_dict() for name, part in kept.items()}
-        write(out / "student.pt", state["student"])
-        write(out / "last.pt", state | dict(step=done, log=log, bad=bad, arguments=settings))
     if RANK == 0 and not (out / "last.pt").exists():
         if (out / "log.jsonl").exists():
             raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        save()
+        save(out, kept, step=0, log=[], bad={}, arguments=settings)
     gather(None)  # the others wait for rank 0's file
     last = read_weights(out / "last.pt")  # a new run's, too
     old = last.get("arguments", {})
@@ -353,8 +355,7 @@ def train(args):
         record = dict(step=done, epoch=done / per_epoch, loss=table[:, 0].mean().item(),
                       lr=rate(done - 1), grad_norm=table[-1, 1, 0].item(), unreadable=len(bad),
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
-        rounds = [int(at / per_epoch / args.eval_every) for at in (first, done)]
-        if val and (rounds[0] < rounds[1] or done == steps):
+        if val and (done == steps or done % (per_epoch * args.eval_every) < done - first):
             record |= dict(knn=knn(cast(model.eval().student), bank, val, args, device)) if (
                 teacher) else dict(zip(("top1", "top5"), map(float, accuracy(
                     *outputs(cast(model.eval()), val, args, device), topk=(1, 5)))))
@@ -364,7 +365,7 @@ def train(args):
         log.append(record)
         sink.write(json.dumps(record) + "\n")
         if RANK == 0 and saves:
-            save()
+            save(out, kept, step=done, log=log, bad=bad, arguments=settings)
         bar.set_postfix(record, refresh=False)
         trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
     return model, teacher, bank, val, log[-1]
@@ -373,9 +374,8 @@ def demo(args):  # a teacher with labels, a student without
     train(argparse.Namespace(**vars(args) | dict(task="finetune", out=f"{args.out}/teacher")))
     args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
     model, teacher, bank, val, record = train(args)
-    torch.manual_seed(args.seed)  # the student as it began
     device = model.align.matrix.device
-    untrained = knn(vit(args.student).to(device), bank, val, args, device)
+    untrained = knn(build(args, device, torch.float32)[0].student.eval(), bank, val, args, device)
     taught = knn(lambda images: teacher(images)[0], bank, val, args, device)
     print(f"k-NN {KNN}, mean patch token: untrained student {untrained:.1f} %, "
           f"trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
@@ -384,24 +384,24 @@ def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.print_usage = lambda file: None  # an error is one line
-    parser.add_argument("--task", choices=list(RECIPES)[:3], default="pretrain")
-    for key, values in dict(zip(COLUMNS, zip(*RECIPES.values())), **COMMON).items():
+    for key, values in dict(COMMON, **dict(zip(COLUMNS, zip(*RECIPES.values())))).items():
         v = values[0] if key in COLUMNS else values
         options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
             type=type("" if v is None else v), choices=CHOICES.get(key), help=f"default {values}")
         parser.add_argument("--" + key.replace("_", "-"), **options)
-    args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    digits = args.get("data", COMMON["data"]).partition(":")[0] == "digits"
-    demo = dict(DIGITS, teacher_weights="openai" if "teacher" in args else None) if digits else {}
-    recipe = dict(zip(COLUMNS, RECIPES["digits" if digits else args["task"]]))
-    args = argparse.Namespace(**COMMON | recipe | demo | args)
-    for key in ("batch_size", "micro_batch", "epochs", "eval_every", "save_every", "layer_decay"):
-        if not 0 < vars(args)[key] <= (1 if key == "layer_decay" else 1e9):
-            raise ValueError(f"--{key.replace('_', '-')} {vars(args)[key]} is out of range")
-    return args
+    given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
+    args = COMMON | given
+    recipe = "digits" if args["data"].partition(":")[0] == "digits" else args["task"]
+    demo = dict(DIGITS, teacher_weights="openai" if "teacher" in given else None)
+    args |= dict(zip(COLUMNS, RECIPES[recipe])) | (demo if recipe == "digits" else {}) | given
+    for key, v in args.items():
+        top = 1 if key in ("layer_decay", "drop_path", "mask_ratio") else 2 ** 31
+        if type(v) in (int, float) and not (0 < v <= top or v == 0 and key in MAY_BE_0):
+            raise ValueError(f"--{key.replace('_', '-')} {v} is out of range")
+    return argparse.Namespace(**args)
 
 def main(argv=None):
-    """Run a command line in this process. Errors of use are one line and exit code 2."""
+    """Run a command line. Errors of use are one line, unmixed with other ranks', and exit 2."""
     logging.root.setLevel(logging.CRITICAL)  # open_clip logs there what its exceptions say
     try:
         args = parse(argv)
@@ -418,9 +418,9 @@ def main(argv=None):
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionResetError: "worker died"}
-        print("train.py: error:", *f"{hints.get(type(error), '')} {error}".split(), file=sys.stderr)
-        raise SystemExit(2) from error
+        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionError: "worker died"}
+        words = [hints[kind] for kind in hints if isinstance(error, kind)] + str(error).split()
+        argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS).error(" ".join(words))
 
 if __name__ == "__main__":
     main()
