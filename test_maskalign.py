@@ -405,7 +405,9 @@ def test_demo_hands_its_flags_to_teacher_and_student(tmp_path, capsys):
     (("--drop-path", "1.5"), "--drop-path 1.5"),
     (("--data", "digits:0"), "digits:0"),
     (("--data", "digits:x"), "digits:x"),
-    pytest.param(("--device", "cuda"), "no GPU", marks=pytest.mark.skipif(
+    (("--device", "gpu"), "--device gpu"),
+    (("--drop-path", "1"), "--drop-path 1.0"),
+    pytest.param(("--device", "cuda"), "--device cuda", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="has a GPU")),
 ])
 def test_bad_input_is_one_line(tmp_path, capsys, teacher_file, argv, says):

@@ -5,7 +5,7 @@
     python train.py --task finetune --init out/student.pt --data /imagenet        # or --task probe
 
 --data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
-as needed), digits:N (N of them) or synthetic (noise on the device). --out/last.pt is resumed.
+as needed), synthetic (noise on the device), or N of either: digits:N. --out/last.pt is resumed.
 """
 import argparse, contextlib, ctypes, functools, hashlib, json, logging, math, os, sys, time
 from pathlib import Path
@@ -40,8 +40,7 @@ MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio"
 FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
-def seed_of(*key):
-    """Any key -> a 63-bit seed."""
+def seed_of(*key):  # any key -> a 63-bit seed
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 class Digits:
@@ -115,7 +114,7 @@ def scan(root):
     return sorted(tqdm(found, f"scanning {root}", unit=" images", delay=2))
 
 def open_data(args, size):
-    """--data -> training source, the same without augmentation, labelled val source or None."""
+    """--data -> training source, bank of k-NN's neighbours, labelled val source or None."""
     kind, _, count = args.data.partition(":")
     if kind in ("digits", "synthetic") and (count or "1").strip("0").isdecimal():
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
@@ -196,8 +195,7 @@ def outputs(function, source, args, device):
     return [torch.cat(each).to(device) for each in zip(*sum(gather(mine), []))]
 
 def knn(encoder, bank, val, args, device):
-    """k-NN accuracy in percent of an encoder on val, by its neighbours in bank: cosine of mean
-    patch tokens of the last block, whitened; votes weighed by exp(cosine / temperature)."""
+    """k-NN accuracy in percent on val, among bank: cosine of the last block's mean patch tokens."""
     feature = lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     keys, classes = outputs(feature, bank, args, device)
     def votes(images):
@@ -207,8 +205,7 @@ def knn(encoder, bank, val, args, device):
     return accuracy(*outputs(votes, val, args, device))[0].item()
 
 # --- The one loop -------------------------------------------------------------------------------
-def write(path, content):
-    """Save a file whole or not at all."""
+def write(path, content):  # whole or not at all
     try:
         with open(f"{path}.part", "wb") as file:
             torch.save(content, file)
@@ -221,6 +218,21 @@ def write(path, content):
 def save(out, kept, **rest):  # kept: what has a state_dict
     write(out / "student.pt", kept["student"].state_dict())
     write(out / "last.pt", {name: part.state_dict() for name, part in kept.items()} | rest)
+
+def resume(out, kept, settings):  # -> steps done, log, unreadable files; loads what is kept
+    if RANK == 0 and not (out / "last.pt").exists():
+        if (out / "log.jsonl").exists():
+            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        save(out, kept, step=0, log=[], bad={}, arguments=settings)
+    gather(None)  # the others wait for rank 0's file
+    last = read_weights(out / "last.pt")  # a new run's, too
+    old = last.get("arguments", {})
+    if odd := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
+        raise ValueError(f"{out}/last.pt is of a run with other arguments, repeat these: {odd}")
+    for name, part in kept.items():
+        part.load_state_dict(last.pop(name))
+    return last["step"], last["log"], last["bad"]
 
 def build(args, device, dtype):
     """-> (model, teacher or None, (training, bank, val) sources)."""
@@ -242,16 +254,11 @@ def build(args, device, dtype):
 def train(args):
     """Run one task -> (model, teacher, bank, val, last record of the log)."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cuda, out, batch = device.type == "cuda", Path(args.out), args.batch_size
-    if cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU is available")
+    out, batch, share = Path(args.out), args.batch_size, args.batch_size // WORLD
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    amp = args.amp or (half if cuda else "off")
+    amp = args.amp or (half if device.type == "cuda" else "off")
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
     cast = torch.autocast(device.type, dtype, enabled=amp != "off")  # a decorator: cast(f)(x)
-    share, rest = divmod(batch, WORLD)
-    if rest:
-        raise ValueError(f"--batch-size {batch} is not divisible by {WORLD} processes")
     micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
     model, teacher, (data, bank, val) = build(args, device, dtype)
     count, parts, per_epoch = len(data.names), share // micro, len(data.names) / batch  # steps
@@ -266,19 +273,7 @@ def train(args):
     smoothing = 0.1 * (args.task == "finetune")
     settings = {k: vars(args)[k] for k in vars(args).keys() - FREE} | dict(images=count, amp=amp)
     kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
-    if RANK == 0 and not (out / "last.pt").exists():
-        if (out / "log.jsonl").exists():
-            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        save(out, kept, step=0, log=[], bad={}, arguments=settings)
-    gather(None)  # the others wait for rank 0's file
-    last = read_weights(out / "last.pt")  # a new run's, too
-    old = last.get("arguments", {})
-    if odd := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
-        raise ValueError(f"{out}/last.pt is of a run with other arguments, repeat these: {odd}")
-    for name, part in kept.items():
-        part.load_state_dict(last.pop(name))
-    done, log, bad = last["step"], last["log"], last["bad"]
+    done, log, bad = resume(out, kept, settings)
     sink = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)  # by the line
     sink.writelines(json.dumps(record) + "\n" for record in log)
     if RANK == 0:
@@ -286,7 +281,7 @@ def train(args):
               f"= {WORLD} processes x {parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device} "
               f"{amp}; {'no ' * (not val)}evaluation{'; finished' * (done == steps)}", flush=True)
     run, observe = model, teacher or (lambda images: ())
-    if args.compile or (cuda and args.compile is None):
+    if args.compile or (args.compile is None and device.type == "cuda"):
         try:  # a type that einops first meets in a trace, as Parameter, would have it traced again
             torch.compile(lambda x: rearrange(x, "... -> ...") + 1)(next(model.parameters()))
             run, observe = torch.compile(model), torch.compile(observe)
@@ -382,8 +377,8 @@ def demo(args):  # a teacher with labels, a student without
 
 def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
-    parser = argparse.ArgumentParser(usage=__doc__)
-    parser.print_usage = lambda file: None  # an error is one line
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for key, values in dict(COMMON, **dict(zip(COLUMNS, zip(*RECIPES.values())))).items():
         v = values[0] if key in COLUMNS else values
         options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
@@ -392,12 +387,17 @@ def parse(argv):
     given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
     args = COMMON | given
     recipe = "digits" if args["data"].partition(":")[0] == "digits" else args["task"]
-    demo = dict(DIGITS, teacher_weights="openai" if "teacher" in given else None)
+    demo = dict(DIGITS, teacher_weights=COMMON["teacher_weights"] if "teacher" in given else None)
     args |= dict(zip(COLUMNS, RECIPES[recipe])) | (demo if recipe == "digits" else {}) | given
     for key, v in args.items():
-        top = 1 if key in ("layer_decay", "drop_path", "mask_ratio") else 2 ** 31
+        top = dict(layer_decay=1, mask_ratio=1, drop_path=0.99).get(key, 2 ** 31)
         if type(v) in (int, float) and not (0 < v <= top or v == 0 and key in MAY_BE_0):
             raise ValueError(f"--{key.replace('_', '-')} {v} is out of range")
+    if args["batch_size"] % WORLD:
+        raise ValueError(f"--batch-size {args['batch_size']} is not divisible by {WORLD} processes")
+    kinds = ("cpu", "mps", "cuda") if torch.cuda.is_available() else ("cpu", "mps")
+    if (args["device"] or "cpu").partition(":")[0] not in kinds:
+        raise ValueError(f"--device {args['device']} is not available here")
     return argparse.Namespace(**args)
 
 def main(argv=None):
