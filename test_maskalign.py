@@ -1144,6 +1144,26 @@ def test_no_step_is_taken_with_a_loss_that_is_not_finite(tmp_path, folder, monke
     assert len(calls) == 8 and torch.load(tmp_path / "out" / "last.pt")["step"] == 4
 
 
+def test_fp16_skips_a_step_and_the_log_stays_json(tmp_path, folder, monkeypatch):
+    """Step 4, a logged one, has an infinite gradient, as any may while fp16's scale adapts."""
+    argv = on_folder(folder, tmp_path / "out", "--workers", 0, "--save-every", 4, "--amp", "fp16")
+    real, weights_at = ma.MaskAlign.forward, []
+
+    def forward(self, *args, **options):
+        if not weights_at:
+            self.align.matrix.register_hook(
+                lambda grad: grad + math.inf if len(weights_at) == 4 else grad)
+        weights_at.append(self.align.matrix.detach().clone())
+        return real(self, *args, **options)
+    monkeypatch.setattr(train.MaskAlign, "forward", forward)
+    main(*argv)
+    same_as_before = [torch.equal(a, b) for a, b in zip(weights_at, weights_at[1:])]
+    assert same_as_before == [step == 4 for step in range(1, 12)]
+    with open(tmp_path / "out" / "log.jsonl") as log:
+        steps = [json.loads(line, parse_constant=pytest.fail)["step"] for line in log]
+    assert steps == [4, 8, 10, 12]
+
+
 def test_readme_points_at_the_right_lines():
     lines = (HERE / "maskalign.py").read_text().splitlines()
     rows = re.findall(r"\| `([\w.]+)` \| (\d+) \|", (HERE / "README.md").read_text())

@@ -347,8 +347,8 @@ def train(args):
         bad |= new
         if len(bad) > data.limit:
             raise ValueError(f"{len(bad)} of {count} files are unreadable: {[*bad.items()][:3]}")
-        record = dict(step=done, epoch=done / per_epoch, loss=table[:, 0].mean().item(),
-                      lr=rate(done - 1), grad_norm=table[-1, 1, 0].item(), unreadable=len(bad),
+        record = dict(step=done, epoch=done / per_epoch, lr=rate(done - 1), unreadable=len(bad),
+                      loss=table[:, 0].mean().item(), grad_norm=table[:, 1, 0].median().item(),
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
         if val and (done == steps or done % (per_epoch * args.eval_every) < done - first):
             record |= dict(knn=knn(cast(model.eval().student), bank, val, args, device)) if (
