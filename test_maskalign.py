@@ -247,6 +247,59 @@ def test_bf16_has_the_loss_and_gradients_of_fp32(seed):
         assert b.dtype == torch.float32 and (a - b).norm() < 0.05 * a.norm()
 
 
+def test_sizes_and_colours_are_timms():
+    for name in [name for name in ma.VITS if "digits" not in name]:
+        with torch.device("meta"):
+            network = timm.create_model(name)
+        patches, heads = network.patch_embed, network.blocks[0].attn.num_heads
+        assert ma.VITS[name] == dict(
+            image_size=patches.img_size[0], patch_size=patches.patch_size[0],
+            dim=network.embed_dim, depth=len(network.blocks), heads=heads)
+    assert ma.IMAGENET_MEAN_STD == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.allclose(ma.normalise(images, *ma.IMAGENET_MEAN_STD),
+                          v2.functional.normalize(images / 255, *ma.IMAGENET_MEAN_STD), atol=1e-6)
+
+
+def test_initial_weights_are_xaviers():
+    network = ma.vit("vit_digits_patch4_32")
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            rows, columns = module.weight.flatten(1).shape
+            deviation = (2 / (rows + columns)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        if isinstance(module, torch.nn.Linear):
+            assert not module.bias.any()
+
+
+def test_drop_path_follows_its_noise():
+    network, noise = small(drop_path=0.5), torch.rand(50, 6)
+    for s, gates in enumerate(network.train().gates(torch.zeros(50, 1), noise)):
+        p = 0.25 * s
+        assert torch.equal(gates.squeeze(), (noise[:, 2 * s:2 * s + 2] >= p).T / (1 - p))
+
+
+def test_a_clip_teacher_sees_clips_colours_and_size(monkeypatch):
+    import open_clip
+    with pytest.warns(UserWarning, match="random weights"):
+        teacher = ma.load_teacher("ViT-M-16", None)
+    seen, images = [], torch.rand(1, 3, 112, 112)
+    monkeypatch.setattr(teacher.network, "forward", lambda x: seen.append(x) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        teacher(images)
+    expected = torch.nn.functional.interpolate(v2.functional.normalize(
+        images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), 224, mode="bicubic")
+    assert torch.allclose(seen[0], expected, atol=1e-5) and teacher.levels == 5
+
+
+def test_dino_stands_for_its_address(monkeypatch):
+    sources = []
+    monkeypatch.setattr(ma, "load_encoder", lambda network, source: sources.append(source))
+    for weights in ("dino", "file.pt"):
+        ma.load_teacher("vit_digits_patch4_32", weights, 1)
+    assert sources == [ma.DINO, "file.pt"]
+
+
 # --- 3.3 alignment ------------------------------------------------------------------------------
 
 @given(st.floats(0.5, 4), st.floats(-3, 3))
@@ -296,6 +349,35 @@ def test_align_loss_is_the_piecewise_formula(values):
 def test_align_loss_gradcheck():
     pred = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: ma.align_loss(p, torch.zeros(3, 4).double()), pred)
+
+
+def test_the_kind_of_mask_is_what_was_asked_for():
+    teacher, images, noise = teacher_of(small(dim=12)), torch.rand(2, 3, 12, 12), torch.rand(2, 15)
+    levels, _ = teacher(images)
+    attention = torch.zeros(2, 9)
+    attention[:, [1, 3, 5, 8]] = 0.25
+    for mask, score in (("attentive", noise[:, :9] * attention), ("random", noise[:, :9])):
+        model, seen = ma.MaskAlign(small(), teacher, mask, 0.5), []
+        model.student.register_forward_pre_hook(lambda module, args: seen.append(args))
+        model(images, levels, attention, noise=noise)
+        assert seen[0][1].tolist() == score.topk(4, dim=1).indices.tolist()
+        assert torch.equal(seen[0][2], noise[:, 9:])
+
+
+def test_the_loss_is_the_papers_formula():
+    torch.manual_seed(0)
+    model = ma.MaskAlign(small(), teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
+    images, keep = torch.rand(2, 3, 12, 12), torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]])
+    levels, attention = teacher(images)
+    levels = [3 * level + 1 for level in levels]
+    x, expected = model.student(images, keep), 0
+    for k in range(2):
+        p = model.align.adaptors[k](sum(model.align.matrix[k, s] * x[s] for s in range(3)))
+        y = torch.stack([levels[k][b, [0, *(keep[b] + 1)]] for b in range(2)])
+        y = (y - y.mean(-1, True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        d = (p - y).abs()
+        expected += torch.where(d <= 1, d * d / 2, d - 0.5).mean() / 2
+    assert torch.allclose(model(images, levels, attention, keep), expected, atol=1e-6)
 
 
 # --- train.py -----------------------------------------------------------------------------------
@@ -425,6 +507,37 @@ def test_an_error_is_written_at_once(monkeypatch):
         main("--batch-size", 0)
     assert written == ["train.py: error: --batch-size 0 is out of range\n"]
 
+def test_digits_are_fixed_by_a_count_and_nothing_leaks():
+    pixels = lambda source, epoch: source.__getitems__([(epoch, i) for i in range(9)])[0]
+    for data, count, fixed in (("digits", 76800, False), ("digits:50", 50, True)):
+        sources = train.open_data(train.parse(["--data", data]), (32, 32))
+        assert [len(source.names) for source in sources] == [count, 2000, 1000]
+        assert [torch.equal(pixels(s, 0), pixels(s, 1)) for s in sources] == [fixed, True, True]
+        assert not any(torch.equal(pixels(sources[a], 0), pixels(sources[b], 0))
+                       for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_knn_is_the_vote_by_loops():
+    def encoder(images):  # the first channel is the [CLS] token, the others are two patches
+        x = images.float().flatten(2)
+        return [x.sqrt(), x]
+    bank, val = (train.Digits(count, (32, 32), count, True) for count in (200, 300))
+    features = []
+    for source in (bank, val):
+        x = source.__getitems__([(0, i) for i in source.names])[0].float().flatten(2)
+        x = x[:, 1:].mean(dim=1)
+        x = (x - x.mean(1, True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        features.append(x / x.norm(dim=1, keepdim=True))
+    right = 0
+    for i, row in enumerate((features[1] @ features[0].T).tolist()):
+        votes = [0] * 10
+        for j in sorted(range(200), key=lambda j: -row[j])[:20]:
+            votes[j % 10] += math.exp(row[j] / 0.07)
+        right += votes.index(max(votes)) == i % 10
+    found = train.knn(encoder, bank, val, train.parse(["--workers", "0"]), torch.device("cpu"))
+    assert found == pytest.approx(100 * right / 300)
+
+
 # --- Weights that travel ------------------------------------------------------------------------
 
 def formats(state):
@@ -553,6 +666,12 @@ def test_classification_resumes_bit_for_bit(tmp_path, teacher_file, task):
                                            task == "probe").state_dict().keys() and max(top1) > 0
     if task == "probe":
         assert same(new["student"], torch.load(teacher_file), 0)
+
+
+def test_a_classifier_reads_the_mean_patch_token():
+    model, images = train.Classifier(small(), 5, probe=False), torch.rand(2, 3, 12, 12)
+    tokens = model.student(images)[-1]
+    assert torch.allclose(model(images), model.align(tokens[:, 1:].mean(dim=1)), atol=1e-6)
 
 
 # --- Folders and faults -------------------------------------------------------------------------
@@ -1163,6 +1282,191 @@ def test_fp16_skips_a_step_and_the_log_stays_json(tmp_path, folder, monkeypatch)
         steps = [json.loads(line, parse_constant=pytest.fail)["step"] for line in log]
     assert steps == [4, 8, 10, 12]
 
+
+# --- The recipe, in the loop ----------------------------------------------------------------------
+
+def test_recipes_are_the_papers():
+    keys = ("epochs batch_size blr min_lr warmup_epochs weight_decay drop_path layer_decay "
+            "eval_every").split()
+    for task, data, numbers in (
+            ("pretrain", "x", (200, 1024, 1.5e-4, 1e-5, 20, 0.05, 0.1, 1, 20)),
+            ("finetune", "x", (100, 1024, 3e-4, 1e-6, 5, 0.05, 0.2, 0.55, 1)),
+            ("probe", "x", (90, 16384, 0.025, 0, 10, 0, 0, 1, 1)),
+            ("finetune", "digits", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1))):
+        args = vars(train.parse(["--task", task, "--data", data]))
+        assert tuple(args[key] for key in keys) == numbers
+    assert train.parse(["--data", "x"]).__dict__.items() >= dict(
+        student="vit_base_patch16_224", teacher="ViT-B-16-quickgelu", teacher_weights="openai",
+        levels=5, mask="attentive", mask_ratio=0.7, seed=0, task="pretrain").items()
+    assert train.KNN == dict(k=20, temperature=0.07)
+
+
+def test_what_may_be_zero_and_what_must_divide(monkeypatch):
+    zero = set()
+    for key in [key for key, v in vars(train.parse([])).items() if type(v) in (int, float)]:
+        try:
+            train.parse([f"--{key.replace('_', '-')}", "0"])
+            zero.add(key)
+        except ValueError as error:
+            assert "out of range" in str(error)
+    assert zero == {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio",
+                    "workers", "seed"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.parse(["--device", "cuda:1"]).device == "cuda:1"
+    monkeypatch.setattr(train, "WORLD", 5)
+    with pytest.raises(ValueError, match="64 is not divisible by 5"):
+        train.parse([])
+
+
+def test_flags_reach_the_model(tmp_path):
+    args = train.parse(["--data", "digits", "--teacher-weights", "random", "--drop-path", "0.3",
+                        "--mask", "random", "--mask-ratio", "0.4", "--levels", "2"])
+    model, teacher, _ = train.build(args, torch.device("cpu"), torch.float32)
+    assert model.student.drop_rates[-1] == pytest.approx(0.3) and teacher.levels == 2
+    assert (model.mask, model.mask_ratio) == ("random", 0.4)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "probe"])
+def test_the_optimiser_gets_the_recipe(tmp_path, folder, monkeypatch, task):
+    real, seen = torch.amp.GradScaler.step, []
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda self, optimiser: (seen.append(
+        [dict(group) for group in optimiser.param_groups]), real(self, optimiser))[1])
+    main(*on_folder(folder, tmp_path, "--task", task), "--workers", 0, "--blr", 0.001, "--min-lr",
+         1e-5, "--layer-decay", 0.5, "--weight-decay", 0.3, "--eval-every", 100)
+    rates = [train.learning_rate(step, 12, 3, 0.001 * 12 / 256, 1e-5) for step in range(12)]
+    for rate, groups in zip(rates, seen, strict=True):
+        assert all(g["lr"] == pytest.approx(rate * g["scale"]) for g in groups)
+    assert {g["weight_decay"] for g in seen[0]} == {0, 0.3}
+    assert {g["scale"] for g in seen[0]} == {1} if task == "probe" else {0.5 ** i for i in range(6)}
+    assert {g.get("momentum", g.get("betas")) for g in seen[0]} == {
+        dict(pretrain=(0.9, 0.95), finetune=(0.9, 0.999), probe=0.9)[task]}
+    assert logged(tmp_path, "lr") == pytest.approx([rates[9], rates[11]])
+    assert logged(tmp_path, "epoch") == pytest.approx([10 / 3, 4])
+
+
+def test_augmentations_by_task(tmp_path):
+    Image.effect_noise((300, 500), 90).convert("RGB").save(tmp_path / "a.png")
+    source = lambda task: train.Folder([(tmp_path / "a.png", "a")], {"a": 0, "b": 1}, (224, 224),
+                                       0, task)
+    for task, area in (("pretrain", 0.2), ("finetune", 0.08), ("probe", 0.08)):
+        _, crop, flip, *more = source(task).augment.transforms
+        assert crop.scale == (area, 1) and flip.p == 0.5 and len(more) == 2 * (task == "finetune")
+        assert bool(source(task).mix) == bool(more)
+    auto, erase = source("finetune").augment.transforms[3:]
+    assert (auto.num_ops, auto.magnitude, erase.p) == (2, 9, 0.25)
+    assert [(type(mix), mix.alpha) for mix in source("finetune").mix.transforms] == [
+        (v2.MixUp, 0.8), (v2.CutMix, 1)]
+    whole = v2.functional.pil_to_tensor(Image.open(tmp_path / "a.png"))  # evaluation's centre
+    centre = v2.functional.center_crop(v2.functional.resize(
+        whole, 256, v2.InterpolationMode.BICUBIC), [224, 224])
+    assert torch.equal(source(None).__getitems__([(0, 0)])[0][0], centre)
+
+
+def test_bank_and_val_are_not_augmented_and_a_share_may_be_unreadable(folder):
+    data, bank, val = train.open_data(train.parse(["--data", str(folder)]), (32, 32))
+    pixels = lambda source, epoch: source.__getitems__([(epoch, 0)])[0]
+    assert all(torch.equal(pixels(s, 0), pixels(s, 1)) for s in (bank, val))
+    assert not torch.equal(pixels(data, 0), pixels(data, 1))
+    for count, limit in ((3, 2), (500, 10), (5000, 50)):
+        assert train.Folder([("a", "")] * count, {}, (8, 8), 0).limit == limit
+
+
+def test_every_epoch_has_its_order_and_every_step_its_noise(tmp_path, folder, monkeypatch):
+    real, forward, keys, noises = train.Folder.__getitems__, ma.MaskAlign.forward, [], []
+    monkeypatch.setattr(train.Folder, "__getitems__", lambda self, asked: (
+        keys.extend(asked if self.seed else []), real(self, asked))[1])  # k-NN's have seed 0
+    monkeypatch.setattr(train.MaskAlign, "forward", lambda *args, noise: (
+        noises.append(noise[0, 0].item()), forward(*args, noise=noise))[1])
+    for seed in (1, 2):
+        main(*on_folder(folder, tmp_path / str(seed), "--seed", seed, "--workers", 0))
+    epochs = [[i for epoch, i in part if epoch == e] for part in (keys[:144], keys[144:])
+              for e in range(4)]
+    assert all(sorted(epoch) == list(range(36)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(36))}) == 9
+    assert len(set(noises)) == 24
+
+
+def test_mixing_differs_by_step_and_labels_are_smoothed(tmp_path, folder, monkeypatch):
+    real, calls = train.F.cross_entropy, []
+    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, target, **options: (
+        calls.append((target, options)), real(logits, target, **options))[1])
+    for task, smoothing in (("finetune", 0.1), ("probe", 0)):
+        calls.clear()
+        main(*on_folder(folder, tmp_path / task, "--task", task), "--workers", 0)
+        assert all(options["label_smoothing"] == smoothing for _, options in calls)
+        if task == "finetune":
+            assert len({round(target.max(1).values.min().item(), 4) for target, _ in calls}) > 4
+
+
+def test_the_gradient_is_that_of_the_batch_at_any_micro_batch_and_precision(tmp_path, folder):
+    for name, more in (("1", ()), ("2", ("--micro-batch", 4)), ("3", ("--amp", "fp16"))):
+        main(*on_folder(folder, tmp_path / name, "--workers", 0, "--epochs", 0.4, *more))
+    one, micro, half = (logged(tmp_path / name, "grad_norm")[0] for name in "123")
+    assert micro == pytest.approx(one, rel=1e-3) and half == pytest.approx(one, rel=0.02)
+
+
+def test_the_log_has_the_mean_loss_and_the_median_norm(tmp_path, folder, monkeypatch):
+    real, losses, norms = ma.MaskAlign.forward, [], iter([9., 1., 2., 100., 3.] * 3)
+    monkeypatch.setattr(train, "LOG_EVERY", 5)
+    monkeypatch.setattr(train.nn.utils, "get_total_norm", lambda grads: torch.tensor(next(norms)))
+
+    def forward(self, *args, **options):
+        loss = real(self, *args, **options)
+        losses.append(loss.item())
+        return loss
+    monkeypatch.setattr(train.MaskAlign, "forward", forward)
+    main(*on_folder(folder, tmp_path), "--workers", 0, "--eval-every", 100)
+    assert logged(tmp_path, "grad_norm") == [3, 3, 1]
+    assert logged(tmp_path, "loss") == pytest.approx(
+        [sum(losses[at]) / len(losses[at])
+         for at in (slice(0, 5), slice(5, 10), slice(10, 12))], rel=1e-5)
+
+
+@pytest.mark.parametrize("every, at", [(1, [6, 12]), (4, [8, 12])])
+def test_evaluation_comes_every_so_many_epochs(tmp_path, folder, monkeypatch, every, at):
+    real, modes = ma.MaskAlign.forward, []
+    monkeypatch.setattr(train, "LOG_EVERY", every)
+    monkeypatch.setattr(train, "knn", lambda *rest: 1.0)
+    monkeypatch.setattr(train.MaskAlign, "forward", lambda self, *args, **options: (
+        modes.append(self.student.training), real(self, *args, **options))[1])
+    main(*on_folder(folder, tmp_path), "--workers", 0)  # every 2 epochs of 3 steps
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [record["step"] for record in records if "knn" in record] == at
+    assert modes == [True] * 12
+
+
+def test_best_is_written_when_top1_is_higher_than_ever(tmp_path, folder, monkeypatch):
+    real, top1, written = train.write, [30., 20., 30., 10.], []
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(train, "accuracy", lambda *rest, topk: [top1.pop(), 99.])
+    monkeypatch.setattr(train, "write", lambda path, content: (
+        written.append((path.name, len(top1))), real(path, content)))
+    main(*on_folder(folder, tmp_path, "--task", "probe"), "--workers", 0, "--eval-every", 1)
+    assert [left for name, left in written if name == "best.pt"] == [3, 2]
+    assert logged(tmp_path, "top1") == [10, 30, 20, 30] and logged(tmp_path, "top5") == [99] * 4
+
+
+def test_what_may_change_when_a_run_resumes(tmp_path, folder, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    argv = on_folder(tmp_path / "data", tmp_path / "out", "--workers", 0, "--epochs", 0.4)
+    main(*argv)
+    main(*argv, "--micro-batch", 5, "--save-every", 7, "--eval-every", 9, "--no-compile")
+    assert "finished\n" in capsys.readouterr().out
+    for flag, value in dict(task="probe", student="vit_tiny_patch16_224", seed=1, teacher="x",
+                            teacher_weights="x", levels=2, mask="random", mask_ratio=0.6, epochs=9,
+                            batch_size=6, blr=1, min_lr=1, warmup_epochs=0, weight_decay=0,
+                            drop_path=0, layer_decay=0.5, init="x").items():
+        args = train.parse(list(map(str, (*argv, f"--{flag.replace('_', '-')}", value))))
+        now = {k: v for k, v in vars(args).items() if k not in train.FREE}
+        with pytest.raises(ValueError, match=f"'{flag} "):
+            train.resume(tmp_path / "out", {}, now)
+    next((tmp_path / "data" / "train").rglob("*.JPEG")).unlink()
+    with pytest.raises(SystemExit):
+        main(*argv)
+    assert "images 36 -> 35" in capsys.readouterr().err
+
+
+# --- The house ------------------------------------------------------------------------------------
 
 def test_readme_points_at_the_right_lines():
     lines = (HERE / "maskalign.py").read_text().splitlines()

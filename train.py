@@ -350,7 +350,7 @@ def train(args):
         record = dict(step=done, epoch=done / per_epoch, lr=rate(done - 1), unreadable=len(bad),
                       loss=table[:, 0].mean().item(), grad_norm=table[:, 1, 0].median().item(),
                       images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
-        if val and (done == steps or done % (per_epoch * args.eval_every) < done - first):
+        if val and (done == steps or done % (per_epoch * args.eval_every) < done - first):  # due
             record |= dict(knn=knn(cast(model.eval().student), bank, val, args, device)) if (
                 teacher) else dict(zip(("top1", "top5"), map(float, accuracy(
                     *outputs(cast(model.eval()), val, args, device), topk=(1, 5)))))
