@@ -195,7 +195,7 @@ def outputs(function, source, args, device):
     return [torch.cat(each).to(device) for each in zip(*sum(gather(mine), []))]
 
 def knn(encoder, bank, val, args, device):
-    """k-NN accuracy in percent on val, among bank: cosine of the last block's mean patch tokens."""
+    """k-NN accuracy on val in percent: cosine of whitened mean patch tokens, neighbours in bank."""
     feature = lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     keys, classes = outputs(feature, bank, args, device)
     def votes(images):
