@@ -434,7 +434,7 @@ def same(a, b, atol):
 def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file, capsys):
     base = ("--teacher-weights", teacher_file, "--drop-path", 0.2)
     main(*digits(tmp_path / "one", *base))
-    run(*digits(tmp_path / "micro", *base, "--micro-batch", 6, "--workers", 1))
+    main(*digits(tmp_path / "micro", *base, "--micro-batch", 6))
     run(*digits(tmp_path / "two", *base), ranks=2)
     one = weights(tmp_path / "one")
     assert same(one, weights(tmp_path / "micro"), 2e-4)
@@ -844,10 +844,11 @@ def test_images_are_read_as_a_viewer_shows_them(zoo, name, left, right):
         assert (images[0, :, 16, column] - torch.tensor(colour)).abs().max() <= 6
 
 
-def test_unreadable_files_are_named_once_and_the_same_in_every_run(zoo, tmp_path):
+def test_unreadable_files_are_named_once_and_the_same_in_every_run(zoo, tmp_path, capsys):
     assert "x.jpg" not in {Path(file).name for file, _, _ in train.scan(zoo)}
     argv = (*on_folder(zoo, tmp_path / "0"), "--batch-size", 13, "--workers")
-    error = run(*argv, 0).stderr
+    main(*argv, 0)
+    error = capsys.readouterr().err
     assert all(error.count(f"/{name}'") >= 1 for name in BROKEN)
     assert error.count("stand in") == 1 and logged(tmp_path / "0", "unreadable") == [5]
     run(*argv, 2, "--out", tmp_path / "2")
