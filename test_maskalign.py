@@ -1179,7 +1179,7 @@ def test_a_killed_loader_worker_ends_the_run_and_it_resumes(tmp_path, folder):
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     error = process.communicate()[1].strip().splitlines()[-1]
-    assert any(words in error for words in ("DataLoader worker", "worker died", "EOFError")), error
+    assert "DataLoader worker" in error or "worker died" in error
     assert workers and process.returncode
     main(*argv, "--workers", 0)
     main(*long(folder, tmp_path / "whole"))
