@@ -434,7 +434,7 @@ def same(a, b, atol):
 def test_world_size_accumulation_and_resume_agree(tmp_path, teacher_file, capsys):
     base = ("--teacher-weights", teacher_file, "--drop-path", 0.2)
     main(*digits(tmp_path / "one", *base))
-    main(*digits(tmp_path / "micro", *base, "--micro-batch", 6))
+    main(*digits(tmp_path / "micro", *base, "--micro-batch", 6, "--workers", 1))
     run(*digits(tmp_path / "two", *base), ranks=2)
     one = weights(tmp_path / "one")
     assert same(one, weights(tmp_path / "micro"), 2e-4)
