@@ -484,7 +484,6 @@ def test_demo_hands_its_flags_to_teacher_and_student(tmp_path, capsys):
     (("--warmup-epochs", "inf"), "--warmup-epochs inf"),
     (("--blr", "nan"), "--blr nan"),
     (("--min-lr", "-1"), "--min-lr -1.0"),
-    (("--drop-path", "1.5"), "--drop-path 1.5"),
     (("--data", "digits:0"), "digits:0"),
     (("--data", "digits:x"), "digits:x"),
     (("--device", "gpu"), "--device gpu"),
@@ -506,6 +505,7 @@ def test_an_error_is_written_at_once(monkeypatch):
     with pytest.raises(SystemExit):
         main("--batch-size", 0)
     assert written == ["train.py: error: --batch-size 0 is out of range\n"]
+
 
 def test_digits_are_fixed_by_a_count_and_nothing_leaks():
     pixels = lambda source, epoch: source.__getitems__([(epoch, i) for i in range(9)])[0]
@@ -1284,7 +1284,7 @@ def test_fp16_skips_a_step_and_the_log_stays_json(tmp_path, folder, monkeypatch)
     assert steps == [4, 8, 10, 12]
 
 
-# --- The recipe, in the loop ----------------------------------------------------------------------
+# --- The recipe, in the loop --------------------------------------------------------------------
 
 def test_recipes_are_the_papers():
     keys = ("epochs batch_size blr min_lr warmup_epochs weight_decay drop_path layer_decay "
@@ -1467,7 +1467,7 @@ def test_what_may_change_when_a_run_resumes(tmp_path, folder, capsys):
     assert "images 36 -> 35" in capsys.readouterr().err
 
 
-# --- The house ------------------------------------------------------------------------------------
+# --- The house ----------------------------------------------------------------------------------
 
 def test_readme_points_at_the_right_lines():
     lines = (HERE / "maskalign.py").read_text().splitlines()
