@@ -116,7 +116,7 @@ def scan(root):
 def open_data(args, size):
     """--data -> training source, bank of k-NN's neighbours, labelled val source or None."""
     kind, _, count = args.data.partition(":")
-    if kind in ("digits", "synthetic") and (count or "1").strip("0").isdecimal():
+    if kind in ("digits", "synthetic") and (count or "1").strip("0").isdecimal():  # N > 0
         train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
         return train, bank, Digits(1000, size, -1, True) if kind == "digits" else None
@@ -379,7 +379,7 @@ def parse(argv):
     """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, values in dict(COMMON, **dict(zip(COLUMNS, zip(*RECIPES.values())))).items():
+    for key, values in (COMMON | dict(zip(COLUMNS, zip(*RECIPES.values())))).items():
         v = values[0] if key in COLUMNS else values
         options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
             type=type("" if v is None else v), choices=CHOICES.get(key), help=f"default {values}")
@@ -390,7 +390,7 @@ def parse(argv):
     demo = dict(DIGITS, teacher_weights=COMMON["teacher_weights"] if "teacher" in given else None)
     args |= dict(zip(COLUMNS, RECIPES[recipe])) | (demo if recipe == "digits" else {}) | given
     for key, v in args.items():
-        top = dict(layer_decay=1, mask_ratio=1, drop_path=0.99).get(key, 2 ** 31)
+        top = dict(layer_decay=1, mask_ratio=1, drop_path=0.99).get(key, 2 ** 31)  # 1/(1−p)
         if type(v) in (int, float) and not (0 < v <= top or v == 0 and key in MAY_BE_0):
             raise ValueError(f"--{key.replace('_', '-')} {v} is out of range")
     if args["batch_size"] % WORLD:
