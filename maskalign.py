@@ -168,7 +168,7 @@ def cls_attention(x, attn):
 
 class Teacher(nn.Module):
     """A network on images normalised by mean_std (0, 1: by itself), frozen for good. Hooks on its
-    blocks, registered before any compile, collect the last levels and the last attention."""
+    blocks, registered before any compile, collect the last K, `levels`, and the last attention."""
     def __init__(self, network, levels, mean_std=((0, 0, 0), (1, 1, 1))):
         super().__init__()
         self.network, self.mean_std, self.levels = network, mean_std, levels
