@@ -1,21 +1,27 @@
 """MaskAlign: masked image modelling by alignment, without reconstruction.
 Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023, arXiv
-2211.08887, in its order: 3.1 model, 3.2 masking, 3.3 alignment; MaskAlign.forward is its figure.
+2211.08887, in its order: 3.1 model, 3.2 masking, 3.3 alignment. MaskAlign.forward, the last
+function, is the paper's figure, a line for each step.
 
 Symbols   B batch   N patches   V visible patches   D student width   E teacher width
-          S student depth       K aligned teacher levels
+          S student depth       K aligned teacher levels, the last K of the teacher's blocks
 Images    RGB [B,3,H,W], uint8 or float in [0,1]; each network normalises for itself.
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
-Masks     are indices `keep` [B,V] of the VISIBLE patches. Noise is uniform in [0,1) and optional.
-`Deviation:` marks departures from paper and official code. Errors of use are ValueErrors.
+Masks     are indices `keep` [B,V] of the VISIBLE patches.
+Noise     is uniform in [0,1), and drawn where it is not given.
+`Deviation:` marks departures from paper and official code. An error of use is a UsageError.
 """
-import math, warnings, zipfile
-from collections import OrderedDict
+import argparse, difflib, logging, math, pathlib, re, sys, warnings, zipfile
 from fractions import Fraction
+
+import numpy
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
-from timm.layers import resample_abs_pos_embed, to_2tuple as pair  # an int or a pair -> a pair
+from timm import layers
+from timm.models import eva, vision_transformer
 from torch import nn
 
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,88 +30,125 @@ VITS = {  # timm's names; the last is for the built-in digits
     "vit_small_patch16_224": dict(image_size=224, patch_size=16, dim=384, depth=12, heads=6),
     "vit_base_patch16_224": dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12),
     "vit_large_patch16_224": dict(image_size=224, patch_size=16, dim=1024, depth=24, heads=16),
-    "vit_digits_patch4_32": dict(image_size=32, patch_size=4, dim=64, depth=4, heads=4)}
-DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
-ASIDE = ("head", "fc_norm", "decoder_", "mask_token", "distill_", "clip_model", "dino_model")
+    "vit_digits_patch4_32": dict(image_size=32, patch_size=4, dim=64, depth=4, heads=4),
+}
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message says why, and what would do."""
+
 
 # --- 3.1 Model structure: the student -----------------------------------------------------------
+
+def to_float(images):
+    """Images [B,3,H,W], uint8 or float -> float in [0,1]. Raises if floats are far above 1; that
+    is looked at on a CPU and in eager mode only, for on a GPU it would wait, in a trace break."""
+    if images.dtype == torch.uint8:
+        return images / 255
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if images.device.type == "cpu" and not traced and (images > 10).any():
+        raise UsageError("images must be uint8, or float in [0, 1] and not in [0, 255]")
+    return images
+
+
 def normalise(images, mean, std):
     """Images [B,3,H,W], uint8 or float in [0,1] -> float, less mean and over std by channel."""
-    images = images / 255 if images.dtype == torch.uint8 else images
+    images = to_float(images)
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
 
+
+def pixels(grid, patch_size):
+    """(rows, columns) of patches and their size -> (height, width) of the image; None for None."""
+    return grid and tuple(n * side for n, side in zip(grid, layers.to_2tuple(patch_size)))
+
+
 def sincos_2d(dim, grid):
-    """Width and (rows, columns) of the patch grid, or an int -> fixed positions [1+N,dim]: sines,
-    then cosines, of the column in the first half, of the row in the second; zeros for [CLS]."""
+    """Width and (rows, columns) of the patch grid, or an int for a square -> fixed positions
+    [1+N,dim] (3.1, as MAE's): sines, then cosines, of the column in the first half of the channels,
+    of the row in the second; zeros for [CLS]."""
     # ω_i = 10000^(−i/(dim/4))
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*map(torch.arange, pair(grid)), indexing="ij")
-    angles = [einsum(at.flatten().double(), omega, "n, i -> n i") for at in (columns, rows)]
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return F.pad(table, (0, 0, 1, 0)).float()
+    sides = map(torch.arange, layers.to_2tuple(grid))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    waves = []
+    for place in (columns, rows):
+        angle = einsum(place.flatten().double(), omega, "n, i -> n i")
+        waves += [torch.sin(angle), torch.cos(angle)]
+    return F.pad(torch.cat(waves, dim=1), (0, 0, 1, 0)).float()
+
 
 def take(tokens, keep):
     """Tokens [B,1+N,C], keep [B,V] -> [B,1+V,C]: [CLS] and the kept patches, in keep's order."""
     rows = F.pad(keep + 1, (1, 0))  # row 0 is [CLS], row 1+i patch i
     return tokens.gather(1, repeat(rows, "b v -> b v c", c=tokens.shape[-1]))
 
-class Attention(nn.Module):
-    """Multi-head self-attention, [B,N,D] -> [B,N,D]."""
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.num_heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+def add_branch(x, branch, drop_rate, noise=None):
+    """x and a residual branch [B,N,D] -> their sum. With noise [B], drop path: an image's branch
+    is left out by chance p = drop_rate, and otherwise grows by 1/(1−p)."""
+    if noise is None:
+        return x + branch
+    # x + branch · [u >= p]/(1−p)
+    gate = (noise >= drop_rate).to(x.dtype) / (1 - drop_rate)
+    return torch.addcmul(x, rearrange(gate, "b -> b 1 1"), branch)
+
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; two gates [B,1,1] weigh its branches."""
-    def __init__(self, dim, heads):
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; noise [B,2] is its two branches' drop path,
+    None drops nothing."""
+
+    def __init__(self, dim, heads, drop_rate):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-    def forward(self, x, gates):
-        x = torch.addcmul(x, gates[0], self.attn(self.norm1(x)))  # x + gate · branch(x)
-        return torch.addcmul(x, gates[1], self.mlp(self.norm2(x)))
+        self.drop_rate = drop_rate
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = layers.Attention(dim, heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = layers.Mlp(dim, 4 * dim)
+
+    def forward(self, x, noise=None):
+        first, second = (None, None) if noise is None else noise.unbind(1)
+        x = add_branch(x, self.attn(self.norm1(x)), self.drop_rate, first)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_rate, second)
+
 
 class ViT(nn.Module):
-    """A plain Vision Transformer, timm's parameter names; image_size: an int or (height, width)."""
+    """A plain Vision Transformer (3.1) under timm's parameter names. image_size: pixels, an int or
+    (height, width); drop_path: the last block's drop rate, linear from 0 at the first. Raises if
+    patches do not tile the image, or heads or 4 do not divide the width."""
+
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
-        self.image_size, self.patch_size, self.dim = pair(image_size), patch_size, dim
-        self.grid = tuple(side // patch_size for side in self.image_size)
-        if any(side % patch_size for side in self.image_size) or dim % heads or dim % 4:
-            raise ValueError("patches must tile the image, heads and 4 divide the width")
-        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
+        # timm's layers: patches go through a convolution of their own size
+        self.patch_embed = layers.PatchEmbed(image_size, patch_size, embed_dim=dim)
+        self.image_size, self.grid = self.patch_embed.img_size, self.patch_embed.grid_size
+        if self.image_size != pixels(self.grid, patch_size) or dim % heads or dim % 4:
+            raise UsageError(f"patches of {patch_size} must tile the image {self.image_size}, "
+                             f"{heads} heads and 4 must divide the width {dim}")
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # for timm's sake, unused
+        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in self.drop_rates)
+        self.dim = dim
+        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # unused: timm has it
         self.apply(initialise)
-    def gates(self, images, noise):
-        """Drop path: noise [B,2S] -> two gates [B,1,1] a block: 0 by chance p, or 1/(1−p)."""
-        rates = [p * self.training for p in self.drop_rates]
-        if noise is None:
-            draw = torch.rand if any(rates) else torch.ones
-            noise = draw(len(images), 2 * len(rates), device=images.device)
-        noise = rearrange(noise, "b (s two) -> s two b 1 1", two=2)
-        return [(u >= p).to(images.dtype) / (1 - p) for u, p in zip(noise, rates)]
-    def forward(self, images, keep=None, noise=None):
-        """Images [B,3,H,W], keep [B,V] or None for all patches, noise [B,2S] -> list of S tensors
-        [B,1+V,D]: every block's output, without a final norm."""
+
+    def forward(self, images, keep=None, path_noise=None):
+        """Images [B,3,H,W], keep [B,V] or None for all patches, drop path's noise [B,2S] -> list
+        of S tensors [B,1+V,D]: every block's output, without a final norm."""
         images = normalise(images, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
-        patches = rearrange(self.patch_embed["proj"](images), "b d h w -> b (h w) d")
-        cls = self.cls_token.expand(len(images), -1, -1)
-        x, levels = torch.cat([cls, patches], dim=1) + self.pos_embed, []
-        if keep is not None:  # before the first block, so that a dropped patch costs nothing there
+        cls = self.cls_token.expand(images.shape[0], -1, -1)
+        x = torch.cat([cls, self.patch_embed(images)], dim=1) + self.pos_embed
+        if keep is not None:  # before the first block: a dropped patch costs nothing there
             x = take(x, keep)
-        for block, gates in zip(self.blocks, self.gates(images, noise)):
-            x = block(x, gates)
+        drops = self.training and any(self.drop_rates)
+        if drops and path_noise is None:
+            path_noise = torch.rand(len(x), 2 * len(self.blocks), device=images.device)
+        levels = []
+        for s, block in enumerate(self.blocks):
+            x = block(x, path_noise[:, 2 * s:2 * s + 2] if drops else None)
             levels.append(x)
         return levels
+
 
 def initialise(module):
     """A layer's initial values, as in the official code: Xavier-uniform weights, zero biases."""
@@ -114,147 +157,320 @@ def initialise(module):
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
+
 def vit(name, **overrides):
-    """A ViT of a size in VITS, with sizes overridden by keyword."""
+    """A ViT of a size in VITS; a keyword overrides what it names, unless it is None. Raises for an
+    unknown name, and as ViT does."""
     if name not in VITS:
-        raise ValueError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
-    return ViT(**VITS[name] | overrides)
+        raise UsageError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return ViT(**VITS[name] | given)
+
+
+# --- 3.1 Model structure: weights from files ----------------------------------------------------
+
+WRAPPERS = ("teacher", "student", "model", "state_dict", "module", "encoder", "backbone")
+PREFIXES = re.compile(r"^((module|_orig_mod|model|encoder|backbone|student)\.)+")
+ASIDE = ("head", "fc_norm", "decoder", "mask_token", "distill_", "clip_model", "dino_model")
+SCALAR = numpy.float64(0).__reduce__()[0]  # the function that reads numpy's scalars
+SAFE = [  # what checkpoints hold beside weights; the second of a pair is the name in the file
+    argparse.Namespace, numpy.dtype, (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
+    *[kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)],
+]
+
 
 def read_weights(source):
-    """A checkpoint's file or https address -> its tensors and primitives; no code is run."""
+    """A file of torch or safetensors -> dict of its tensors and primitives; no code in it is run.
+    Raises if the file is missing or damaged, or holds what could run code."""
     try:
-        if str(source).startswith("https://"):
-            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(source) and (part := zipfile.ZipFile(source).testzip()):
-            raise ValueError(f"damaged in {part}")  # a checksum, which torch.load does not look at
-        return dict(torch.load(source, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{source} was not read or downloaded; use another: {str(error)[:99]}")
+        if str(source).endswith(".safetensors"):
+            return safetensors.torch.load_file(source)
+        if zipfile.is_zipfile(source):
+            archive = zipfile.ZipFile(source)
+            if damaged := archive.testzip():  # checksums, which torch.load ignores
+                raise UsageError(f"damaged in {damaged}")
+            if any("/code/" in name for name in archive.namelist()):
+                raise UsageError("TorchScript: torch.save(torch.jit.load(FILE).state_dict(), ...)")
+        with torch.serialization.safe_globals(SAFE):
+            return dict(torch.load(source, map_location="cpu", weights_only=True))
+    except Exception as error:  # a file can be wrong in nearly any way
+        # torch's advice, to trust the file, comes first
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        raise UsageError(f"{source} was not read: {reason}") from error
+
 
 def resample(positions, grid):
-    """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns)."""
-    same = positions.shape[1] == 1 + math.prod(grid)
-    return positions if same else resample_abs_pos_embed(positions, list(grid), antialias=False)
+    """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns); others
+    stay as they are."""
+    count = positions.shape[1] - 1
+    if count == math.prod(grid) or count != math.isqrt(count) ** 2:
+        return positions
+    return layers.resample_abs_pos_embed(positions, list(grid), antialias=False)
+
 
 def load_encoder(network, source):
-    """Load an encoder (ours, timm's, DINO's, MAE's, the official release's) into a ViT, strictly ->
-    the names left aside (ASIDE: heads, decoders). Raises with the first keys that differ."""
+    """Load an encoder from a file (this project's, timm's, DINO's, MAE's, the official release's)
+    into a ViT of ours or timm, strictly -> sorted names that were left aside: heads, decoders, what
+    lies beside the encoder. Raises with the first names that differ."""
     state, aside = read_weights(source), []
-    for key in ("teacher", "student", "model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            aside += [name for name in state if name != key]
-            state = state[key]
-    for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    aside += [key for key in state if key.startswith(ASIDE)]
+    while inner := [key for key in WRAPPERS if isinstance(state.get(key), dict)]:
+        aside += [key for key in state if key != inner[0]]
+        state = state[inner[0]]
+    state = {PREFIXES.sub("", key): x for key, x in state.items() if torch.is_tensor(x)}
+    # a final norm serves no level; but what SigLIP's pooling query sees has passed it
+    spare = ASIDE if getattr(network, "attn_pool", None) else (*ASIDE, "norm.")
+    own = network.state_dict()
     try:
-        state["pos_embed"] = resample(state["pos_embed"], network.grid)
-        network.load_state_dict({key: state[key] for key in state if key not in aside})
-    except Exception as error:
-        raise ValueError(f"{source} does not fit the encoder: {str(error)[:500]}")
-    return aside
+        if isinstance(network, ViT):
+            if "pos_embed" in state:
+                state["pos_embed"] = resample(state["pos_embed"], network.grid)
+        else:  # timm knows the names that its networks have elsewhere, and resamples
+            state = sys.modules[type(network).__module__].checkpoint_filter_fn(state, network)
+        extra = [key for key in state if key not in own and key.startswith(spare)]
+        used = {key: state[key] for key in state if key not in extra}
+        may_lack = {key: own[key] for key in own if key.startswith(spare)}
+        network.load_state_dict(may_lack | used)
+    except Exception as error:  # torch's, a line for each kind of difference, or any of timm's
+        lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
+        raise UsageError(f"{source} does not fit the encoder: {' '.join(lines)}") from error
+    return sorted(aside + extra)
+
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
-def cls_attention(x, attn):
-    """Input [B,1+N,E] of self-attention -> its attention [B,N], fp32, of [CLS], mean over heads."""
-    packed = (attn.qkv.weight, attn.qkv.bias) if hasattr(attn, "qkv") else (
-        attn.in_proj_weight, attn.in_proj_bias)
-    (w_q, w_k, _), (b_q, b_k, _) = (weight.chunk(3) for weight in packed)  # both pack q, k, v
-    q = rearrange(F.linear(x[:, 0], w_q, b_q), "b (h d) -> b h d", h=attn.num_heads)
-    k = rearrange(F.linear(x, w_k, b_k), "b n (h d) -> b n h d", h=attn.num_heads)
-    # a = mean_h softmax(q_cls·k/√d): a row for each head, never the N×N map
-    logits = einsum(q.float(), k.float(), "b h d, b n h d -> b h n") / math.sqrt(q.shape[-1])
-    return logits.softmax(dim=-1)[:, :, 1:].mean(dim=1)
+
+VIT_TYPES = (ViT, vision_transformer.VisionTransformer, eva.Eva)  # ours and timm's
+PLAIN = (layers.Attention, layers.AttentionRope, eva.EvaAttention)
+
+
+def salient_attention(network):
+    """A ViT of ours, open_clip or timm -> its attention that says which patches are salient (3.2):
+    the last block's, where [CLS] asks, or, where there is no [CLS], that of the pooling query.
+    Raises if there is none, or none that can be read."""
+    if hasattr(network, "class_embedding"):  # open_clip's
+        return network.transformer.resblocks[-1].attn
+    patches = getattr(network, "patch_embed", None)
+    if not isinstance(network, VIT_TYPES) or not isinstance(patches, layers.PatchEmbed):
+        raise UsageError(f"a {type(network).__name__} cannot teach: it is no plain ViT")
+    if network.cls_token is not None:
+        attention = getattr(network.blocks[-1], "attn", None)
+        if not isinstance(attention, PLAIN) or getattr(attention, "num_kv_groups", 1) > 1:
+            raise UsageError("this ViT cannot teach: its attention is no plain softmax(q·k)")
+        return attention
+    if not isinstance(network.attn_pool, layers.AttentionPoolLatent):
+        raise UsageError("this ViT cannot teach: it has no [CLS] and no pooling query")
+    return network.attn_pool
+
 
 class Teacher(nn.Module):
-    """A network on images normalised by mean_std (0, 1: by itself), frozen for good. Hooks on its
-    blocks, registered before any compile, collect the last K, `levels`, and the last attention."""
-    def __init__(self, network, levels, mean_std=((0, 0, 0), (1, 1, 1))):
+    """A ViT of ours, open_clip or timm that sees the intact image, frozen for good (3.1). Hooks,
+    registered before any compile, see the outputs of the last K blocks, `levels`, and the query and
+    keys of the salient_attention. Raises if levels exceed the depth, or as salient_attention."""
+
+    def __init__(self, network, levels=5):
         super().__init__()
-        self.network, self.mean_std, self.levels = network, mean_std, levels
-        self.image_size, self.grid, self.dim = network.image_size, network.grid, network.dim
-        self.depth, self.outputs, self.attention = len(network.blocks), [], []
+        attention = salient_attention(network)  # raises
+        if hasattr(network, "class_embedding"):  # open_clip's
+            blocks, patches = network.transformer.resblocks, network.conv1
+            self.image_size, self.grid = network.image_size, network.grid_size
+            colours = network.preprocess_cfg
+        else:
+            blocks, patches = network.blocks, network.patch_embed.proj
+            self.image_size = network.patch_embed.img_size
+            self.grid = network.patch_embed.grid_size
+            colours = timm.data.resolve_model_data_config(network)
+        own = isinstance(network, ViT)  # which normalises for itself
+        self.mean_std = None if own else (colours["mean"], colours["std"])
+        self.network, self.levels, self.depth = network, levels, len(blocks)
+        self.dim, self.patches = patches.out_channels, math.prod(self.grid)
+        self.has_cls = attention is not getattr(network, "attn_pool", None)
+        self.outputs, self.seen = [], {}  # by hooks that are methods, which a deep copy rebinds
         if not 1 <= levels <= self.depth:
-            raise ValueError(f"levels must be 1 to the teacher's depth {self.depth}, not {levels}")
-        for block in network.blocks[-levels:]:
-            block.register_forward_hook(lambda block, args, output: self.outputs.append(output))
-        network.blocks[-1].attn.register_forward_pre_hook(
-            lambda attn, args: self.attention.append(cls_attention(args[0], attn)))
+            raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
+        for block in blocks[-levels:]:
+            block.register_forward_hook(self.see_level)
+        if isinstance(network, VIT_TYPES[1:]):
+            attention.register_forward_pre_hook(self.see_rope, with_kwargs=True)
+            attention.q_norm.register_forward_hook(self.see_queries)
+            attention.k_norm.register_forward_hook(self.see_keys)
+        else:
+            attention.register_forward_pre_hook(self.see_input)
         self.requires_grad_(False).train()
+
+    def see_level(self, block, args, output):
+        """A block's output [B,P+N,E] -> [B,1+N,E]: [CLS], or the mean patch where there is none,
+        then the patches; registers and the like are dropped."""
+        patches = output[:, -self.patches:]
+        first = output[:, :1] if self.has_cls else patches.mean(dim=1, keepdim=True)
+        self.outputs.append(torch.cat([first, patches], dim=1))
+
+    def see_input(self, attention, args):
+        """Ours and open_clip's: the input [B,1+N,E]; q, k, v are packed, the first parameters."""
+        weight, bias, *_ = attention.parameters()
+        w_q, w_k, _ = weight.chunk(3)
+        b_q, b_k, _ = bias.chunk(3)
+        q, k = F.linear(args[0][:, 0], w_q, b_q), F.linear(args[0], w_k, b_k)
+        self.seen["q"] = rearrange(q, "b (h d) -> b h d", h=attention.num_heads)
+        self.seen["k"] = rearrange(k, "b n (h d) -> b h n d", h=attention.num_heads)
+
+    def see_rope(self, attention, args, kwargs):
+        """timm's: rotary positions, where it has them, are a keyword."""
+        self.seen["rope"] = kwargs.get("rope"), getattr(attention, "rotate_half", False)
+
+    def see_queries(self, q_norm, args, q):
+        """timm's: queries [B,H,P+N,d] by head pass q_norm, be it the identity; [CLS] is first."""
+        self.seen["q"] = q[:, :, 0]
+
+    def see_keys(self, k_norm, args, k):
+        """timm's: keys [B,H,P+N,d] pass k_norm; then rotary positions turn those of the patches."""
+        rope, half = self.seen["rope"]
+        if rope is not None:
+            others, k = k.tensor_split([-self.patches], dim=2)
+            k = torch.cat([others, layers.apply_rot_embed_cat(k, rope, half=half)], dim=2)
+        self.seen["k"] = k
+
     def train(self, mode=True):
+        """Stays in evaluation mode, whatever the mode."""
         return super().train(False)
+
     @torch.no_grad()
     def forward(self, images):
-        """Images [B,3,H,W], resized -> K raw block outputs [B,1+N,E], last attention [B,N]."""
-        images = normalise(images, *self.mean_std)
+        """Images [B,3,H,W], resized to image_size -> list of K raw block outputs [B,1+N,E], [CLS]
+        or the mean patch first, and the attention [B,N] of [CLS] or the pooling query, fp32."""
+        images = normalise(images, *self.mean_std) if self.mean_std else to_float(images)
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
-        levels, attention, self.outputs, self.attention = self.outputs, self.attention, [], []
-        return levels[-self.levels:], attention[-1]  # a call that failed may have left some
+        q, k, levels = self.seen["q"], self.seen["k"], self.outputs[-self.levels:]
+        self.outputs, self.seen = [], {}  # a call that failed may have left some
+        # a = mean_h softmax(q·k/√d): a row for each head, never the N×N map
+        logits = einsum(q.float(), k.float(), "b h d, b h n d -> b h n") / math.sqrt(q.shape[-1])
+        return levels, logits.softmax(dim=-1)[:, :, -self.patches:].mean(dim=1)
 
-def load_teacher(name, weights=None, levels=5):
-    """A name in VITS or open_clip's -> Teacher of the last levels. weights: open_clip's tag, dino,
-    a file, or None for random values. Raises, saying what would do."""
+
+def in_library(create, name, **options):
+    """create(name, **options), silently: its exceptions say what it would have logged, and become a
+    UsageError that says how to do without a download."""
+    logging.disable(logging.ERROR)
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return create(name, **options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f"teacher {name} was not made or downloaded; --teacher-weights FILE "
+                         f"needs no download: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def clip_network(name, weights, grid):
+    """load_teacher's arguments -> an image tower of open_clip."""
+    import open_clip  # takes seconds
+    clips = open_clip.list_models()
+    if name not in clips:
+        names = [*VITS, *clips, *timm.list_models(), *timm.list_pretrained()]
+        near = ", ".join(difflib.get_close_matches(name, names))
+        raise UsageError(f"no teacher is called {name}; near it are {near or 'none'}")
+    config = open_clip.get_model_config(name)
+    patch_size = config["vision_cfg"].get("patch_size")  # none: a ResNet, or a network of timm's
+    if not patch_size:
+        raise UsageError(f"{name} cannot teach: open_clip has no ViT of its own for it")
+    tag = "openai" if weights == "pretrained" else weights
+    # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
+    entry = open_clip.get_pretrained_cfg(name, tag or "")
+    if entry and entry.get("quick_gelu", False) != config.get("quick_gelu", False):
+        raise UsageError(f"{tag!r} and {name} differ in QuickGELU: add or drop -quickgelu")
+    if tag and not entry:
+        read_weights(tag)  # raises; open_clip reads it again, without these checks
+    # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
+    # resamples positions with antialiasing.
+    size = pixels(grid, patch_size)
+    create = open_clip.create_model
+    return in_library(create, name, pretrained=tag, force_image_size=size).visual
+
+
+def timm_network(name, weights, grid):
+    """load_teacher's arguments -> a ViT of timm."""
+    published = weights == "pretrained"
+    network = in_library(timm.create_model, name, pretrained=published, num_classes=0)
+    salient_attention(network)  # raises
+    notes = str(network.pretrained_cfg.get("notes"))
+    if weights and "QuickGELU" in notes and "quickgelu" not in name:
+        raise UsageError(f"{name} was trained with QuickGELU: ask for its clip_quickgelu_ name")
+    if weights and not published:
+        load_encoder(network, weights)
+    if grid:
+        network.set_input_size(pixels(grid, network.patch_embed.patch_size))
+    return network
+
+
+def load_teacher(name, weights=None, levels=5, grid=None):
+    """A name in VITS, timm's or open_clip's -> Teacher of the last K `levels`. weights: a tag of
+    open_clip; "pretrained", as published (timm's own; "openai" for an open_clip name); a file; or
+    None for random values. grid: the (rows, columns) of patches in which the image is to be seen,
+    the student's; None: the network's own. Raises, saying what would do."""
     if weights is None:
         warnings.warn(f"teacher {name} has random weights: fit for tests and timing only")
-    if name in VITS:
-        network = vit(name)
+    if name in VITS and weights != "pretrained":
+        network = vit(name, image_size=pixels(grid, VITS[name]["patch_size"]))
         if weights is not None:
-            load_encoder(network, DINO if weights == "dino" else weights)
-        return Teacher(network, levels)
-    import open_clip  # takes seconds
-    # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
-    entry = open_clip.get_pretrained_cfg(name, weights or "")
-    if entry and entry.get("quick_gelu") != open_clip.get_model_config(name).get("quick_gelu"):
-        raise ValueError(f"{weights!r} and {name} differ in QuickGELU: add or drop -quickgelu")
-    try:
-        network = open_clip.create_model(name, pretrained=weights).visual
-        network.blocks, network.grid = network.transformer.resblocks, network.grid_size
-    except Exception as error:
-        raise ValueError(f"teacher {name} is no known ViT with a [CLS] token, or {weights} was not "
-                         f"read or downloaded; pass a FILE: {str(error)[:500]}")
-    if network.patch_size[0] == 14:  # as 16 of the student's: 224 -> 196 pixels, 16x16 -> 14x14
-        network.image_size = tuple(side * 14 // 16 for side in network.image_size)
-        network.grid = tuple(side // 14 for side in network.image_size)
-        positions = resample(network.positional_embedding.data[None], network.grid)
-        network.positional_embedding = nn.Parameter(positions[0])
-    network.dim = network.positional_embedding.shape[-1]
-    return Teacher(network, levels, (network.preprocess_cfg["mean"], network.preprocess_cfg["std"]))
+            load_encoder(network, weights)
+    elif ":" in name or name in timm.list_models() + timm.list_pretrained():  # hf-hub:USER/NAME
+        network = timm_network(name, weights, grid)
+    else:
+        network = clip_network(name, weights, grid)
+    return Teacher(network, levels)
+
 
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
+
 def visible(patches, ratio):
     """V = ⌊N(1−r)⌋ in exact arithmetic. Raises unless 0 <= r < 1 and V >= 1."""
-    if not 0 <= ratio < 1 or (count := int(patches * (1 - Fraction(str(ratio))))) < 1:
-        raise ValueError(f"mask ratio {ratio} leaves no visible patch of {patches}")
+    exact = Fraction(str(ratio)) if 0 <= ratio < 1 else 1  # 0.7, not the float beside it
+    count = int(patches * (1 - exact))
+    if count < 1:
+        raise UsageError(f"mask ratio {ratio} leaves no visible patch of {patches}")
     return count
 
+
 def attentive_keep(attention, ratio, noise=None):
-    """Attention [B,N] -> keep [B,V], drawn without replacement, in proportion to attention."""
-    noise = torch.rand(attention.shape, device=attention.device) if noise is None else noise
+    """Attention [B,N], optional noise [B,N] -> keep [B,V], drawn without replacement, in proportion
+    to attention (3.2); a patch without attention is kept once the others run out. Raises as
+    `visible` does."""
+    if noise is None:
+        noise = torch.rand(attention.shape, device=attention.device)
     # Deviation: Gumbel top-k: multinomial's distribution, no wait for the GPU, zeros are allowed.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
-    score = attention.float().log() - torch.log(-torch.log(noise.clamp(min=1e-20)))
+    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))
+    score = attention.float().log() + gumbel
     return score.topk(visible(attention.shape[1], ratio), dim=1).indices
 
+
 def random_keep(batch, patches, ratio, device=None, noise=None):
-    """B, N -> keep [B,V], uniform without replacement: attention that is everywhere the same."""
+    """B, N, optional noise [B,N] -> keep [B,V], uniform without replacement (3.2): attention that
+    is everywhere the same. Raises as `visible` does."""
     return attentive_keep(torch.ones(batch, patches, device=device), ratio, noise)
 
+
 # --- 3.3 Dynamic alignment ----------------------------------------------------------------------
+
 def whiten(y):
-    """Teacher features [...,E] -> [...,E] of mean 0 and variance 1: LayerNorm without affine."""
+    """Teacher features [...,E] -> [...,E] of mean 0 and variance 1 (3.3): LayerNorm without affine,
+    in fp32 or finer."""
     return F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), y.shape[-1:], eps=1e-5)
 
+
 def align_loss(pred, target):
-    """Prediction and whitened target, both [...,E] -> scalar, fp32 or finer."""
+    """Prediction and whitened target, both [...,E] -> scalar, fp32 or finer (3.3)."""
     # L(ŷ,ȳ) = ½(ŷ−ȳ)² if |ŷ−ȳ| <= 1 else |ŷ−ȳ|−½, mean over tokens and channels
     return F.smooth_l1_loss(pred.to(torch.promote_types(pred.dtype, torch.float32)), target)
 
+
 class DynamicAlignment(nn.Module):
     """Mixes the S student levels for each of K teacher levels by the Dynamic Alignment matrix W,
-    `matrix` [K,S], and maps width D to E. Deviation: only the K rows and adaptors that the loss
-    reaches exist; each row's 1 starts at evenly matched depth (identity at equal depths)."""
+    `matrix` [K,S], and maps width D to E by K linear `adaptors` (3.3). Deviation: only the K rows
+    and adaptors that the loss reaches exist; each row's 1 starts at evenly matched depth (identity
+    at equal depths)."""
+
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
         last = range(teacher_depth - levels + 1, teacher_depth + 1)  # levels count from 1
@@ -262,33 +478,42 @@ class DynamicAlignment(nn.Module):
         self.matrix = nn.Parameter(F.one_hot(match, student_depth) + 0.01)
         self.adaptors = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in last)
         self.apply(initialise)
+
     def forward(self, features):
         """List of S tensors [B,1+V,D] -> list of K tensors [B,1+V,E]."""
         # ŷ_k = A_k( Σ_s W_ks x_s )
-        with torch.autocast(self.matrix.device.type, enabled=False):  # bf16 rounds 1.01 to 1.0078
+        # not in bf16, which rounds 1.01 to 1.0078
+        with torch.autocast(self.matrix.device.type, enabled=False):
             mixed = einsum(self.matrix, torch.stack(features), "k s, s b v d -> k b v d")
         return [adaptor(x) for adaptor, x in zip(self.adaptors, mixed)]
 
+
 class MaskAlign(nn.Module):
     """All that is trained: a student ViT and its alignment to a Teacher, which is not owned. mask:
-    "attentive" or "random". Raises if patch grids differ or no patch is left visible."""
+    "attentive" or "random". Raises for another mask, if patch grids differ, or if no patch is left
+    visible."""
+
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
+        if mask not in ("attentive", "random"):
+            raise UsageError(f"the mask is attentive or random, not {mask!r}")
         if student.grid != teacher.grid:
-            raise ValueError(f"patch grids differ: student {student.grid}, teacher {teacher.grid}")
+            raise UsageError(f"patch grids differ: student {student.grid}, teacher {teacher.grid}")
         visible(math.prod(student.grid), mask_ratio)  # raises
         self.student, self.mask, self.mask_ratio = student, mask, mask_ratio
         self.align = DynamicAlignment(len(student.blocks), student.dim,
                                       teacher.depth, teacher.dim, teacher.levels)
-    def forward(self, images, levels, attention, keep=None, noise=None):
+
+    def forward(self, images, levels, attention, keep=None, mask_noise=None, path_noise=None):
         """Images [B,3,H,W], the Teacher's K levels [B,1+N,E] and attention [B,N] of them ->
-        scalar loss. keep [B,V] overrides the mask; noise [B,N+2S] serves mask and drop path."""
-        noise = (None, None) if noise is None else noise.tensor_split([attention.shape[1]], dim=1)
-        if keep is None:                                                         # 3.2: [B,V]
-            saliency = attention if self.mask == "attentive" else torch.ones_like(attention)
-            keep = attentive_keep(saliency, self.mask_ratio, noise[0])
-        features = self.student(images, keep, noise[1])                  # 3.1: S times [B,1+V,D]
-        predictions = self.align(features)                               # 3.3: K times [B,1+V,E]
-        targets = [whiten(take(level, keep)) for level in levels]        #      K times [B,1+V,E]
+        scalar loss. keep [B,V] overrides the mask; mask_noise [B,N] and path_noise [B,2S] are those
+        of the mask and of drop path."""
+        if keep is None:  # 3.2: [B,V]
+            salience = attention if self.mask == "attentive" else torch.ones_like(attention)
+            keep = attentive_keep(salience, self.mask_ratio, mask_noise)
+        features = self.student(images, keep, path_noise)  # 3.1: S times [B,1+V,D]
+        predictions = self.align(features)  # 3.3: K times [B,1+V,E]
+        targets = [whiten(take(level, keep)) for level in levels]  # K times [B,1+V,E]
         # L = 1/K Σ_k L(ŷ_k,ȳ_k)
-        return torch.stack([align_loss(p, t) for p, t in zip(predictions, targets)]).mean()
+        losses = [align_loss(pred, target) for pred, target in zip(predictions, targets)]
+        return torch.stack(losses).mean()

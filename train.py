@@ -4,208 +4,533 @@
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
     python train.py --task finetune --init out/student.pt --data /imagenet        # or --task probe
 
---data: a folder with train/ and val/ of one folder per class, any folder of images, digits (drawn
-as needed), synthetic (noise on the device), or N of either: digits:N. --out/last.pt is resumed.
+--data             a folder with train/ and val/ of one folder per class; any folder of images;
+                   digits, drawn as needed, or digits:N, the same N in every epoch
+--out              folder of last.pt, student.pt, log.jsonl; a run that is found there goes on
+--student          a size in maskalign.VITS; --image-size N or HxW: pixels, if not the student's own
+--init             a file of weights to start from
+--teacher          a ViT of open_clip, of timm, or in maskalign.VITS
+--teacher-weights  pretrained: as published; random: for timing; a tag of open_clip; a file
+--levels           K, the last blocks of the teacher that are aligned
+--batch-size       images of an optimiser step, of all processes; --micro-batch: the most that one
+                   process has in a forward pass; gradients are accumulated as needed
+--blr              learning rate of 256 images, in proportion for others; --min-lr: the last step's
+--save-every       optimiser steps; --eval-every, --epochs and --warmup-epochs: epochs
+--drop-path        of the last block; --layer-decay: of the learning rate, from block to block
+--amp              bf16, fp16 or off, if not the best that the device has; --compile: as on CUDA
+
+Order below: recipes and command line, data, schedule, model and optimiser, evaluation, checkpoints,
+the loop, entry. A rank is a process, as in torch; W of them share the images of a step.
 """
-import argparse, contextlib, ctypes, functools, hashlib, json, logging, math, os, sys, time
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import filelock
+import numpy
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
-from torch import distributed as dist, nn
+from torch import distributed as dist, multiprocessing, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
-from maskalign import MaskAlign, load_encoder, load_teacher, read_weights, vit, whiten
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from maskalign import (
+    MaskAlign, UsageError, load_encoder, load_teacher, read_weights, vit, whiten)
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
+LIMITED = hasattr(os, "sched_getaffinity")  # on Linux a process may use fewer than there are
+CPUS = len(os.sched_getaffinity(0)) if LIMITED else os.cpu_count()
 LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
 KNN = dict(k=20, temperature=0.07)
-COLUMNS = ("epochs", "batch_size", "blr", "min_lr", "warmup_epochs", "weight_decay", "drop_path",
-           "layer_decay", "eval_every")
-RECIPES = {  # each default stands here, once: the paper's for ViT-B on ImageNet, then the digits'
-    "pretrain": (200.0, 1024, 1.5e-4, 1e-5, 20.0, 0.05, 0.1, 1.0, 20.0),
-    "finetune": (100.0, 1024, 3e-4, 1e-6, 5.0, 0.05, 0.2, 0.55, 1.0),
-    "probe": (90.0, 16384, 0.025, 0.0, 10.0, 0.0, 0.0, 1.0, 1.0),
-    "digits": (1.0, 64, 8e-3, 1e-6, 0.1, 0.05, 0.0, 1.0, 1.0)}  # all tasks
-COMMON = dict(task="pretrain", data="digits", out="out", student="vit_base_patch16_224", init=None,
-              seed=0, teacher="ViT-B-16-quickgelu", teacher_weights="openai", levels=5, amp=None,
-              mask="attentive", mask_ratio=0.7, micro_batch=256, save_every=1000, compile=None,
-              device=None, workers=min(16, os.cpu_count()))
-DIGITS = dict(student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
-CHOICES = dict(task=[*RECIPES][:3], amp=("bf16", "fp16", "off"), mask=("attentive", "random"))
-MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers", "seed"}
-FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every", "eval_every"}
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
+PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
+
+# --- Recipes and command line: each default stands here, once -----------------------------------
+RECIPES = {  # the paper's, for ViT-B on ImageNet
+    "pretrain": dict(epochs=200.0, warmup_epochs=20.0, batch_size=1024, blr=1.5e-4,
+                     min_lr=1e-5, weight_decay=0.05, drop_path=0.1, layer_decay=1.0,
+                     eval_every=20.0),
+    "finetune": dict(epochs=100.0, warmup_epochs=5.0, batch_size=1024, blr=3e-4,
+                     min_lr=1e-6, weight_decay=0.05, drop_path=0.2, layer_decay=0.55,
+                     eval_every=1.0),
+    "probe": dict(epochs=90.0, warmup_epochs=10.0, batch_size=16384, blr=0.025,
+                  min_lr=0.0, weight_decay=0.0, drop_path=0.0, layer_decay=1.0,
+                  eval_every=1.0)}
+COMMON = dict(
+    task="pretrain", data="digits", out="out", init=None, seed=0,
+    student="vit_base_patch16_224", teacher="ViT-B-16-quickgelu",
+    teacher_weights="pretrained", levels=5, mask="attentive", mask_ratio=0.7, micro_batch=256,
+    save_every=1000, amp=None, device=None, workers=max(1, min(16, CPUS // LOCAL_WORLD)))
+DIGITS = dict(  # for --data digits, whatever the task
+    epochs=1.0, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
+    weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0, levels=3, workers=0,
+    student="vit_digits_patch4_32", teacher="vit_digits_patch4_32")
+CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=("bf16", "fp16", "off"))
+HIGHEST = dict(mask_ratio=1, drop_path=0.99, layer_decay=1)
+MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers",
+            "seed"}
+FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every",
+        "eval_every", "local_rank"}  # what may differ when a run goes on
+
+
+def image_size(text):
+    """"N" or "HxW" -> (height, width) in pixels."""
+    height, _, width = text.partition("x")
+    size = int(height), int(width or height)
+    if min(size) < 1:
+        raise ValueError
+    return size
+
+
+def parse(argv):
+    """A command line -> all arguments, with the task's defaults. UsageError if they cannot be."""
+    parser = argparse.ArgumentParser(
+        "train.py", usage=argparse.SUPPRESS, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"defaults: {COMMON}\n\nby task: {RECIPES}\n\nfor digits: {DIGITS}")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--image-size", type=image_size)
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)  # of torch.distributed.launch
+    for name, default in (COMMON | RECIPES["pretrain"]).items():
+        kind = str if default is None else type(default)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=default, choices=CHOICES.get(name))
+    first = parser.parse_args(argv)
+    digits = DIGITS if first.data.partition(":")[0] == "digits" else {}
+    parser.set_defaults(**RECIPES[first.task] | digits)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 0 if name in MAY_BE_0 else 1e-12
+        highest = HIGHEST.get(name, 2 ** 31)
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range")
+    if args.warmup_epochs > max(args.epochs, DIGITS["warmup_epochs"]):
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs "
+                         f"{args.epochs:g}")
+    if args.batch_size % WORLD:
+        raise UsageError(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks")
+    choose_device(args)
+    return args
+
+
+def choose_device(args):
+    """Settle args.device and args.amp. UsageError if the device is not there."""
+    there = dict(cpu=True, cuda=torch.cuda.is_available(),
+                 mps=torch.backends.mps.is_available())
+    args.device = args.device or ("cuda" if there["cuda"] else "cpu")
+    if not there.get(args.device.partition(":")[0]):
+        raise UsageError(f"--device {args.device} is not available here")
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.amp = args.amp or (half if args.device.startswith("cuda") else "off")
+
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
-def seed_of(*key):  # any key -> a 63-bit seed
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+def seed_of(*key):
+    """Any key -> a 63-bit seed, the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
-class Digits:
-    """Rendered digits of a size (H, W), in all epochs the same if `fixed`. As from every source:
-    keys (epoch, index) -> images uint8 [b,3,H,W], labels [b], {file: reason} of the unreadable."""
+
+class Source:
+    """`count` images of a size (H, W), asked for by a micro-batch of keys (epoch, index):
+    source[keys] -> images uint8 [b,3,H,W], labels [b]."""
+    def __init__(self, count, classes, size, seed):
+        self.count, self.classes = count, classes
+        self.size, self.seed = size, seed
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        """What an image is called in messages."""
+        return index
+
+
+class Digits(Source):
+    """Digits in random places, sizes and colours, in every epoch the same if `fixed`."""
     def __init__(self, count, size, seed, fixed):
-        self.names, self.classes, self.glyphs = range(count), list("0123456789"), []
-        self.size, self.seed, self.fixed, self.limit, self.mix = size, seed, fixed, 0, None
-        for digit in self.classes:
-            glyph, font = Image.new("L", size[::-1]), ImageFont.load_default(size[0] * 7 / 8)
-            ImageDraw.Draw(glyph).text((size[1] / 2, size[0] / 2), digit, 255, font, "mm")
-            self.glyphs.append(v2.functional.pil_to_tensor(glyph) / 255)
-    def __getitems__(self, keys):
+        super().__init__(count, list("0123456789"), size, seed)
+        self.fixed = fixed
+        height, width = size
+        font = ImageFont.load_default(height * 7 / 8)  # Pillow's own
+        images = [Image.new("L", (width, height)) for _ in self.classes]
+        for image, digit in zip(images, self.classes):
+            ImageDraw.Draw(image).text((width / 2, height / 2), digit, 255, font, "mm")
+        self.glyphs = torch.stack(list(map(v2.functional.pil_to_tensor, images))) / 255
+
+    def noise(self, epoch, index):
+        """The 55 uniform numbers of an image."""
+        seed = seed_of(self.seed, 0 if self.fixed else epoch, index)
+        return torch.rand(55, generator=torch.Generator().manual_seed(seed))
+
+    def __getitem__(self, keys):
+        u = torch.stack([self.noise(*key) for key in keys], dim=1)
         labels = torch.tensor([index % 10 for _, index in keys])
-        u = torch.stack([torch.rand(55, generator=torch.Generator().manual_seed(seed_of(
-            self.seed, 0 if self.fixed else epoch, index))) for epoch, index in keys])
-        angle, scale = u[:, 0] - 0.5, 0.8 + 0.8 * u[:, 1]
-        x, y = ((u[:, 2:4] - 0.5) * 0.6 * scale[:, None]).unbind(1)
-        cos, sin = angle.cos() * scale, angle.sin() * scale
+        angle = u[0] - 0.5
+        scale = 0.8 + 0.8 * u[1]
+        x, y = (u[2:4] - 0.5) * 0.6 * scale
+        cos = angle.cos() * scale
+        sin = angle.sin() * scale
         theta = rearrange([cos, -sin, x, sin, cos, y], "(i j) b -> b i j", i=2)
-        grid = F.affine_grid(theta, [len(u), 1, *self.size], align_corners=False)
-        alpha = F.grid_sample(torch.stack(self.glyphs)[labels], grid, align_corners=False)
-        ink = rearrange(0.8 + 0.2 * u[:, 4:7], "b c -> b c 1 1")
-        ground = rearrange(0.15 * u[:, 7:55], "b (c h w) -> b c h w", c=3, h=4)
+        grid = F.affine_grid(theta, [len(keys), 1, *self.size], align_corners=False)
+        alpha = F.grid_sample(self.glyphs[labels], grid, align_corners=False)
+        ink = rearrange(0.8 + 0.2 * u[4:7], "c b -> b c 1 1")
+        ground = rearrange(0.15 * u[7:], "(c h w) b -> b c h w", c=3, h=4)
         ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
-        return ((ground + alpha * (ink - ground)) * 255).round().byte(), labels, {}
+        images = ground + alpha * (ink - ground)
+        return (images * 255).round().byte(), labels
+
 
 def as_seen(image):
-    """A Pillow image -> RGB as a viewer shows it: upright, on white, 16-bit grey in its range."""
+    """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode[0] in "IF":  # 16 or 32 bits: white is 65535, or 1 if no pixel is more
+        scale = 255 if image.mode == "F" and image.getextrema()[1] <= 1 else 255 / 65535
+        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB")
 
-class Folder:
-    """Images of (file, class) pairs, at random cropped, flipped and more for a task; or centred."""
-    def __init__(self, files, classes, size, seed, task=None):
-        (self.names, folders), self.classes, self.size, self.seed = zip(*files), classes, size, seed
-        self.labels = [classes.get(folder, 0) for folder in folders]
-        self.limit = min(len(files) - 1, max(10, len(files) // 100))  # of unreadable files
-        crop = [v2.RandomResizedCrop(size, (0.2 if task == "pretrain" else 0.08, 1.0),
-                interpolation=Image.BICUBIC), v2.RandomHorizontalFlip()] if task else [
-                    v2.Resize(min(size) * 256 // 224, Image.BICUBIC), v2.CenterCrop(size)]
-        more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
-        self.augment = v2.Compose([v2.PILToTensor(), *crop, *more])  # uint8 tensors resize faster
-        self.mix = v2.RandomChoice([mix(alpha=alpha, num_classes=len(classes)) for mix, alpha in (
-            (v2.MixUp, 0.8), (v2.CutMix, 1.0))]) if more else None  # of a micro-batch
-    def __getitems__(self, keys):
-        images = torch.zeros(len(keys), 3, *self.size, dtype=torch.uint8)
-        labels, bad = torch.zeros(len(keys), dtype=torch.long), {}
-        for row, (epoch, index) in enumerate(keys):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            while len(bad) <= self.limit:  # beyond it the run stops
-                try:
-                    with Image.open(self.names[index]) as image:
-                        image.draft(None, [4 * side for side in self.size])  # JPEG: at 1/2 to 1/8
-                        images[row], labels[row] = self.augment(as_seen(image)), self.labels[index]
-                    break
-                except Exception as error:  # a bad file can raise nearly anything
-                    bad[self.names[index]] = repr(error)
-                    index = (index + 1) % len(self.names)  # its neighbour stands in
-        return images, labels, bad
+
+def augmentation(task, size):
+    """A task's random crops and more, or just the centre: a Pillow image -> uint8 [3,H,W]."""
+    if task is None:  # 7/8 of the shorter side, cut out before it is resized
+        fit = functools.partial(
+            ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
+        return v2.Compose([fit, v2.PILToTensor()])
+    area = (0.2 if task == "pretrain" else 0.08, 1.0)
+    crop = v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC)
+    more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
+    return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(), *more])
+
+
+class Folder(Source):
+    """Images {file: class} in a folder, augmented for a task or, without one, centred."""
+    def __init__(self, root, classes, size, files, seed, task=None):
+        super().__init__(len(files), classes, size, seed)
+        # one tensor, which the loader's workers share, where each would copy a list
+        text = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
+        self.text = torch.from_numpy(text.view("u1").reshape(len(files), -1))
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels = torch.tensor([number.get(name, 0) for name in files.values()])
+        self.augment = augmentation(task, size)
+        self.bad = torch.zeros(len(files), dtype=torch.bool)  # shared by the workers, too
+
+    def name(self, index):
+        return os.fsdecode(bytes(self.text[index].tolist()).rstrip(b"\0"))
+
+    def read(self, epoch, index):
+        """An image uint8 [3,H,W] and its label; the next readable one's if it cannot be read, which
+        is said once. UsageError if more than ten and more than a hundredth of all cannot."""
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        while True:
+            name = self.name(index)
+            try:
+                with Image.open(name) as image:
+                    # a JPEG may be decoded at 1/2, 1/4 or 1/8
+                    image.draft(None, [4 * side for side in self.size[::-1]])
+                    return self.augment(as_seen(image)), self.labels[index]
+            except Exception as error:  # a bad file can raise nearly anything
+                if not self.bad[index]:
+                    print(f"unreadable, its neighbour stands in: {name}: {error!r}",
+                          file=sys.stderr)
+                self.bad[index] = True
+            bad = self.bad.sum().item()
+            if bad > min(self.count - 1, max(10, self.count // 100)):
+                raise UsageError(f"{bad} of {self.count} files are unreadable, the last {name}")
+            index = (index + 1) % self.count
+
+    def __getitem__(self, keys):
+        images, labels = zip(*[self.read(*key) for key in keys])
+        return torch.stack(images), torch.stack(labels)
+
 
 def scan(root):
-    """A folder -> sorted (file, split, class) of the images in root/split/class or below."""
-    found = ((os.path.join(at, name), *place) for at, _, names in os.walk(root, followlinks=True)
-             for place in [(*Path(at).relative_to(root).parts, "", "")[:2]] for name in names
-             if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
-    return sorted(tqdm(found, f"scanning {root}", unit=" images", delay=2))
+    """The images in a folder and below, sorted, as paths from there with "/" between folders.
+    Hidden entries, as .ipynb_checkpoints and a Mac's ._x.jpg and __MACOSX, are none."""
+    found = []
+    for at, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        at = Path(os.path.relpath(at, root))
+        found += [(at / name).as_posix() for name in names
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return sorted(found)
+
 
 def open_data(args, size):
-    """--data -> training source, bank of k-NN's neighbours, labelled val source or None."""
-    kind, _, count = args.data.partition(":")
-    if kind in ("digits", "synthetic") and (count or "1").strip("0").isdecimal():  # N > 0
-        train = Digits(int(count or 76800), size, seed_of(args.seed, "train"), bool(count))
-        bank = Digits(2000, size, seed_of(args.seed, "bank"), True)
-        return train, bank, Digits(1000, size, -1, True) if kind == "digits" else None
+    """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
+    one to evaluate on, or None. UsageError without images, or if val's classes are not train's."""
+    if digits := re.fullmatch(r"digits(?::([1-9]\d*))?", args.data):
+        count = int(digits[1] or 76800)
+        data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
+        bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
+        return data, bank, Digits(1000, size, -1, fixed=True)
     found = [scan(args.data) if RANK == 0 else None]
-    if dist.is_initialized():  # a network disk may show each rank another folder
+    if WORLD > 1:  # a network disk may show each rank another folder
         dist.broadcast_object_list(found)
-    files, val = ([(file, name) for file, split, name in found[0] if split == part and name]
-                  for part in ("train", "val"))
-    classes = {name: i for i, name in enumerate(sorted({name for _, name in files}))}
-    if not classes:
-        files, val = [(file, "") for file, split, _ in found[0] if split != "val"], []
-    if not files:
-        raise ValueError(f"--data: there is no such folder, or no image in it: {args.data}")
-    if odd := {name for _, name in val} - classes.keys():
-        raise ValueError(f"--data: val has classes that train lacks: {sorted(odd)[:3]}")
-    return (Folder(files, classes, size, args.seed, args.task), Folder(files, classes, size, 0),
-            Folder(val, classes, size, 0) if val else None)
+    files = found[0]
+    train = {file: file.split("/")[1] for file in files if re.match("train/.+/", file)}
+    val = {file: file.split("/")[1] for file in files if re.match("val/.+/", file)}
+    classes = sorted(set(train.values()))
+    odd = sorted(set(val.values()) - set(classes))
+    if not classes:  # nor labels
+        train, val = {file: "" for file in files if not file.startswith("val/")}, {}
+    elif odd or not val and os.path.exists(os.path.join(args.data, "val")):
+        raise UsageError("--data: val has no class folders with images, or others than train: "
+                         f"{odd[:3]}")
+    if not train:
+        raise UsageError(f"--data: there is no such folder, or no image in it: {args.data}")
+    of = functools.partial(Folder, args.data, classes, size)
+    return of(train, args.seed, args.task), of(train, 0), of(val, 0) if val else None
 
+
+def loader(source, batches, args):
+    """Yields source[keys] for each list of keys in batches, from worker processes. UsageError if
+    what they hold ready exceeds shared memory, for which they would wait for ever."""
+    held = 2 * args.workers * LOCAL_WORLD * args.micro_batch * 3 * math.prod(source.size)
+    memory = "/dev/shm"
+    if os.path.isdir(memory) and held > shutil.disk_usage(memory).free:
+        raise UsageError(f"workers need {held >> 20} MiB of /dev/shm: lower --workers or "
+                         "--micro-batch, or give a container more (docker run --shm-size)")
+    # a fork could hang where threads are; a fork server starts a worker from these imports at once
+    start = "forkserver" if sys.platform == "linux" else "spawn"
+    multiprocessing.set_forkserver_preload(["timm", "torchvision"])
+    return iter(DataLoader(
+        source, batch_size=None, sampler=batches, num_workers=args.workers,
+        pin_memory=args.device.startswith("cuda"),
+        multiprocessing_context=start if args.workers else None))
+
+
+# --- Schedule: what belongs to a step -----------------------------------------------------------
 @functools.lru_cache(maxsize=2)
 def order(count, seed, epoch):
+    """The order of an epoch's images: a permutation of range(count)."""
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     return torch.randperm(count, generator=generator).tolist()
 
-def loader(source, keys, size, args, device):
-    if args.data.partition(":")[0] == "synthetic":
-        images = torch.randint(256, (size, 3, *source.size), dtype=torch.uint8, device=device)
-        yield from iter(lambda: (images, images[:, 0, 0, 0] % 10, {}), None)  # for ever
-    torch.multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # once, not by worker
-    yield from torch.utils.data.DataLoader(  # workers by fork could hang where threads are
-        source, size, sampler=keys, collate_fn=tuple, pin_memory=device.type == "cuda",
-        num_workers=args.workers, multiprocessing_context="forkserver" if args.workers else None)
 
+class Schedule:
+    """Rate, images and noise of a step, by (seed, step) alone, at any number of ranks: a run can be
+    cut anywhere and go on. A rank has `share` images of a step, in `parts` of at most `micro`."""
+    def __init__(self, args, count):
+        self.count, self.seed, self.batch = count, args.seed, args.batch_size
+        self.per_epoch = count / self.batch  # steps
+        self.steps = max(1, int(args.epochs * self.per_epoch))
+        self.warmup = int(args.warmup_epochs * self.per_epoch)
+        self.every = args.eval_every * self.per_epoch
+        self.peak, self.floor = args.blr * self.batch / 256, args.min_lr
+        self.share = self.batch // WORLD
+        self.parts = math.ceil(self.share / args.micro_batch)
+        self.micro = math.ceil(self.share / self.parts)
+
+    def rate(self, step):
+        """Learning rate: linear warm-up to the peak, then a cosine that ends at min_lr."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        progress = (step + 1 - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.floor + (self.peak - self.floor) * cosine
+
+    def evaluates(self, first, done):
+        """Whether an evaluation falls due between two steps."""
+        return done == self.steps or int(done / self.every) > int(first / self.every)
+
+    def keys(self, step, rank):
+        """The (epoch, index) of a rank's images."""
+        first = step * self.batch + rank * self.share
+        places = [divmod(at, self.count) for at in range(first, first + self.share)]
+        return [(epoch, order(self.count, self.seed, epoch)[at]) for epoch, at in places]
+
+    def batches(self, done):
+        """The keys of this rank's micro-batches, from step `done` on."""
+        for step in range(done, self.steps):
+            yield from BatchSampler(self.keys(step, RANK), self.micro, drop_last=False)
+
+    def noise(self, step, width, device):
+        """Uniform noise [b,width] for each micro-batch of this rank."""
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, "step", step))
+        noise = torch.rand(WORLD, self.share, width, generator=generator, device=device)
+        return noise[RANK].split(self.micro)
+
+
+# --- Model and optimiser ------------------------------------------------------------------------
 class Classifier(nn.Module):
-    """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed; probe: frozen."""
+    """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed. A probe trains the
+    head alone. Names are those of timm's models with global_pool="avg"."""
     def __init__(self, student, classes, probe):
         super().__init__()
         self.student = student.requires_grad_(not probe)
         student.norm.requires_grad_(False)
-        norm = nn.BatchNorm1d(student.dim, affine=False) if probe else nn.LayerNorm(student.dim)
-        self.align = nn.Sequential(norm, nn.Linear(student.dim, classes))
-        nn.init.normal_(self.align[1].weight, std=0.01)
-    def forward(self, images, noise=None):
-        return self.align(self.student(images, noise=noise)[-1][:, 1:].mean(dim=1))
+        self.fc_norm = nn.LayerNorm(student.dim)
+        if probe:
+            self.fc_norm = nn.BatchNorm1d(student.dim, affine=False)
+        self.head = nn.Linear(student.dim, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
 
-def param_groups(model, weight_decay, layer_decay=1.0):
-    """Trainable parameters in groups by learning-rate scale, layer_decay^(S+1−l) for layer l of S
-    and 1 for the rest, and weight decay, 0 for 1-D parameters and W."""
-    depth, groups = len(model.student.blocks), {}
-    for name, parameter in model.named_parameters():
-        part, inner, number = f"{name}..".split(".")[:3]
-        layer = depth + 1 if part != "student" else int(number) + 1 if inner == "blocks" else 0
-        decay = weight_decay if parameter.ndim > 1 and name != "align.matrix" else 0.0
-        if parameter.requires_grad:
-            groups.setdefault((layer_decay ** (depth + 1 - layer), decay), []).append(parameter)
-    return [dict(params=p, scale=scale, weight_decay=wd) for (scale, wd), p in groups.items()]
+    def timm_state(self):
+        """What timm.create_model(name, num_classes=C, global_pool="avg") loads strictly."""
+        state = {name.removeprefix("student."): x for name, x in self.state_dict().items()}
+        return {name: x for name, x in state.items() if not name.startswith("norm.")}
 
-def learning_rate(step, steps, warmup, peak, floor):
-    """Linear warm-up to peak over `warmup` steps, then a cosine that ends at floor."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step + 1 - warmup) / max(1, steps - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    def forward(self, images, path_noise=None):
+        tokens = self.student(images, path_noise=path_noise)[-1]
+        return self.head(self.fc_norm(tokens[:, 1:].mean(dim=1)))
 
-def gather(mine):  # any object -> every rank's, by rank; all wait for the last
+
+def build(args):
+    """The task's model, teacher or None, and sources. UsageError if they do not fit together."""
+    torch.manual_seed(args.seed)
+    size = dict(image_size=args.image_size) if args.image_size else {}
+    student = vit(args.student, drop_path=args.drop_path, **size)
+    teacher = None
+    sources = open_data(args, student.image_size)
+    classes = sources[0].classes
+    if args.task == "pretrain":
+        weights = None if args.teacher_weights == "random" else args.teacher_weights
+        teacher = load_teacher(args.teacher, weights, args.levels, student.grid)
+        teacher = teacher.to(args.device, PRECISIONS[args.amp])
+        model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
+    elif len(classes) < 2:
+        raise UsageError(f"--task {args.task} needs two class folders or more right in train/; "
+                         f"there is {classes or 'none'}")
+    else:
+        model = Classifier(student, len(classes), args.task == "probe")
+    return model.to(args.device).train(), teacher, sources
+
+
+def layers(coarse):
+    """The layers of a model's parameters, first to last, by their names, in timm's words."""
+    block, last = r"student\.blocks\.(\d+)", ("", (99,))  # 99: after all blocks
+    return dict(stem=r"student\.[^b]", blocks=[(block, None), last])
+
+
+def make_optimiser(model, args):
+    """AdamW, or SGD for a probe. The rate of layer l of S is layer_decay^(S+1-l) of that of what
+    follows the encoder. 1-D parameters and W are not decayed; nor are [CLS] and positions when
+    fine-tuned."""
+    tuned = isinstance(model, Classifier)
+    exempt = ["student.cls_token", "student.pos_embed"] if tuned else ["align.matrix"]
+    model.group_matcher = layers
+    groups = param_groups_layer_decay(
+        model, args.weight_decay, exempt, layer_decay=args.layer_decay)
+    if args.task != "probe":
+        beta2 = 0.999 if tuned else 0.95
+        return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
+    optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True)
+    # fused SGD leaves this unset if fp16 skips the first step
+    for parameter in model.head.parameters():
+        optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
+
+
+def make_scaler(args):
+    """fp16's gradient scaler. Else the scale is 1, and all that it does is to take no step with a
+    gradient that is not finite, without asking the device."""
+    kind = args.device.partition(":")[0]
+    if args.amp == "fp16":
+        return torch.amp.GradScaler(kind)
+    return torch.amp.GradScaler(kind, init_scale=1.0, growth_interval=2 ** 31 - 1)
+
+
+def poisoned(loss):
+    """The loss, with a NaN gradient if it is not finite, so that no rank takes the step."""
+    return loss * (1 + 0 * loss.detach())  # 0·inf = NaN
+
+
+def mixing(data, args):
+    """Fine-tuning's mixup or cutmix of a micro-batch, or None."""
+    if args.task == "finetune" and isinstance(data, Folder):
+        classes = len(data.classes)
+        return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
+                                v2.CutMix(alpha=1.0, num_classes=classes)])
+
+
+# --- Evaluation: the ranks share the images -----------------------------------------------------
+def gather(mine):
+    """Any object -> every rank's, by rank; all wait for the last."""
     ranks = [mine] * WORLD
     if WORLD > 1:
         dist.all_gather_object(ranks, mine)
     return ranks
 
+
+def everyone(rows, count=None):
+    """The first `count` of all ranks' rows: tensors [m,…] -> [≤ m·W,…], in which row j·W + r
+    is row j of rank r."""
+    ranks = [rows] * WORLD
+    if WORLD > 1:
+        ranks = [torch.empty_like(rows) for _ in ranks]
+        dist.all_gather(ranks, rows.contiguous())
+    return rearrange(ranks, "w m ... -> (m w) ...")[:count]
+
+
 @torch.no_grad()
-def outputs(function, source, args, device):
-    """function(images) and label of every image of a source -> [n,C], [n]; the ranks share it."""
-    keys = [(0, index) for index in range(RANK, len(source.names), WORLD)]
-    mine = [(function(images.to(device)).float().cpu(), labels)
-            for images, labels, _ in loader(source, keys, args.micro_batch, args, device)]
-    return [torch.cat(each).to(device) for each in zip(*sum(gather(mine), []))]
+def outputs(function, source, args):
+    """function(images) [m,…] and labels [m] of images r, r + W, … of a source, on rank r. All
+    ranks have m = ⌈n/W⌉: after the last of n the first come again."""
+    share = DistributedSampler(source, WORLD, RANK, shuffle=False)
+    keys = [(0, index) for index in share]
+    batches = BatchSampler(keys, args.micro_batch, drop_last=False)
+    rows = [(function(images.to(args.device)).float(), labels.to(args.device))
+            for images, labels in loader(source, batches, args)]
+    return map(torch.cat, zip(*rows))
 
-def knn(encoder, bank, val, args, device):
-    """k-NN accuracy on val in percent: cosine of whitened mean patch tokens, neighbours in bank."""
-    feature = lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
-    keys, classes = outputs(feature, bank, args, device)
-    def votes(images):
-        cosine, index = (feature(images) @ keys.T).topk(min(KNN["k"], len(keys)), dim=1)
-        none = keys.new_zeros(len(images), len(bank.classes))
-        return none.scatter_add(1, classes[index], (cosine / KNN["temperature"]).exp())
-    return accuracy(*outputs(votes, val, args, device))[0].item()
 
-# --- The one loop -------------------------------------------------------------------------------
-def write(path, content):  # whole or not at all
+def knn(encoder, bank, val, args):
+    """k-NN accuracy on val in percent: cosine of whitened mean patch tokens of encoder(images)[-1].
+    Each rank keeps its share of the bank, and only the nearest k of it travel."""
+    def feature(images):
+        return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
+    keys, classes = outputs(feature, bank, args)
+    queries, labels = (everyone(x, len(val)) for x in outputs(feature, val, args))
+    again = len(bank) <= RANK + WORLD * torch.arange(len(keys), device=args.device)
+    votes = []
+    for query in queries.split(args.micro_batch):
+        cosine = (query @ keys.T).masked_fill(again, -math.inf)
+        cosine, index = cosine.topk(min(KNN["k"], len(keys)))
+        cosine, voters = (everyone(x.T).T for x in (cosine, classes[index]))
+        cosine, index = cosine.topk(min(KNN["k"], cosine.shape[1]))
+        ballots = F.one_hot(voters.gather(1, index), len(bank.classes))
+        weight = (cosine / KNN["temperature"]).exp()
+        votes.append(einsum(weight, ballots.float(), "q k, q k c -> q c"))
+    return accuracy(torch.cat(votes), labels)[0].item()
+
+
+def evaluate(model, bank, val, args):
+    """k-NN of a student in pre-training, or top-1 and top-5 of a classifier, in percent."""
+    model.eval()
+    if args.task == "pretrain":
+        result = dict(knn=knn(model.student, bank, val, args))
+    else:
+        logits, labels = (everyone(x, len(val)) for x in outputs(model, val, args))
+        top1, top5 = accuracy(logits, labels, topk=(1, 5))
+        result = dict(top1=top1.item(), top5=top5.item())
+    model.train()
+    return result
+
+
+# --- Checkpoints: what is in --out --------------------------------------------------------------
+def write(path, content):
+    """torch.save, whole or not at all. UsageError if it fails; the file is then as it was."""
     try:
         with open(f"{path}.part", "wb") as file:
             torch.save(content, file)
@@ -213,214 +538,298 @@ def write(path, content):  # whole or not at all
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
-        raise OSError(f"{path} could not be written, and is as it was: {error}") from error
+        raise UsageError(f"{path} could not be written, but is as it was: {error}") from error
 
-def save(out, kept, **rest):  # kept: what has a state_dict
-    write(out / "student.pt", kept["student"].state_dict())
-    write(out / "last.pt", {name: part.state_dict() for name, part in kept.items()} | rest)
 
-def resume(out, kept, settings):  # -> steps done, log, unreadable files; loads what is kept
-    if RANK == 0 and not (out / "last.pt").exists():
-        if (out / "log.jsonl").exists():
-            raise ValueError(f"{out} holds a log.jsonl but no last.pt; choose another --out")
+@contextlib.contextmanager
+def owned(out):
+    """Keeps other runs out of --out until this process ends, however it ends. UsageError if another
+    run has it, or it cannot be written."""
+    holder = out / f".holder{RANK}"
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        save(out, kept, step=0, log=[], bad={}, arguments=settings)
-    gather(None)  # the others wait for rank 0's file
-    last = read_weights(out / "last.pt")  # a new run's, too
-    old = last.get("arguments", {})
-    if odd := [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]:
-        raise ValueError(f"{out}/last.pt is of a run with other arguments, repeat these: {odd}")
-    for name, part in kept.items():
-        part.load_state_dict(last.pop(name))
-    return last["step"], last["log"], last["bad"]
+        lock = filelock.FileLock(out / f".lock{RANK}").acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
+    except filelock.Timeout as error:
+        raise UsageError(f"--out {out} is in use by process {holder.read_text()}") from error
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from error
+    with lock:
+        yield
 
-def build(args, device, dtype):
-    """-> (model, teacher or None, (training, bank, val) sources)."""
-    torch.manual_seed(args.seed)
-    student, teacher = vit(args.student, drop_path=args.drop_path), None
-    sources = open_data(args, student.image_size)
-    if args.init:
-        print(args.init, "left aside:", {k.split(".")[0] for k in load_encoder(student, args.init)})
-    if args.task == "pretrain":
-        weights = None if args.teacher_weights == "random" else args.teacher_weights
-        teacher = load_teacher(args.teacher, weights, args.levels).to(device, dtype)
-        model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
-    elif not sources[0].classes:
-        raise ValueError(f"--task {args.task} needs labels: a folder for each class in train/")
-    else:
-        model = Classifier(student, len(sources[0].classes), args.task == "probe")
-    return model.to(device).train(), teacher, sources
+
+def save(out, model, parts, **rest):
+    """Write last.pt, the state of all parts and the rest, and what has come of it."""
+    write(out / "student.pt", model.student.state_dict())
+    if isinstance(model, Classifier):
+        write(out / "classifier.pt", model.timm_state())
+        (out / "classes.txt").write_bytes(os.fsencode("\n".join(rest["classes"])))
+    states = {name: part.state_dict() for name, part in parts.items()}
+    write(out / "last.pt", states | rest)
+
+
+def lasting(args, data):
+    """The arguments, and the number of images, that may not change when a run goes on."""
+    arguments = {name: x for name, x in vars(args).items() if name not in FREE}
+    return arguments | {"images in --data": len(data)}
+
+
+def resume(out, model, parts, init, facts):
+    """Load last.pt into the parts -> steps done, log. Rank 0 writes a first one, with the encoder
+    of a file `init`, unless there is one. UsageError if it is of another run; only epochs may
+    grow."""
+    path = out / "last.pt"
+    if RANK == 0 and not path.exists():
+        if (out / "log.jsonl").exists():
+            raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
+        if init:
+            print(f"--init {init}: left aside {load_encoder(model.student, init)}")
+        save(out, model, parts, step=0, log=[], **facts)
+    gather(None)  # the other ranks wait for rank 0's file
+    last = read_weights(path)
+    old, new = last.get("arguments", {}), facts["arguments"]
+    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new
+           if old.get(name) != new[name]
+           and (name != "epochs" or new[name] < old.get(name, math.inf))]
+    if odd:
+        raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
+                         f"them, or start anew from its encoder: --init {path}, another --out")
+    for name, part in parts.items():
+        part.load_state_dict(last[name])
+    return last["step"], last["log"]
+
+
+# --- The loop -----------------------------------------------------------------------------------
+class Meter:
+    """What the steps since the last record left: losses and gradient norms, still on the device,
+    and the seconds that it waited for images."""
+    def __init__(self):
+        self.steps, self.waited, self.since = [], 0.0, time.perf_counter()
+
+    def fetch(self, stream, device):
+        """The next micro-batch, on the device. The wait for it counts if CUDA then has nothing left
+        to do: the host may be steps ahead."""
+        asked = time.perf_counter()
+        batch = next(stream)
+        if not device.startswith("cuda") or torch.cuda.current_stream().query():
+            self.waited += time.perf_counter() - asked
+        return [x.to(device, non_blocking=True) for x in batch]
+
+    def read(self):
+        """Losses and norms of all ranks [steps,2,W], seconds, and the share of waiting in them.
+        Here, and nowhere else, the host waits for the device."""
+        steps = torch.stack(self.steps).tolist()
+        seconds = time.perf_counter() - self.since
+        table = torch.tensor(gather(steps)).permute(1, 2, 0)
+        return table, seconds, self.waited / seconds
+
+
+def check_finite(table, first, schedule, scaler, data):
+    """UsageError if table [steps,2,W] has a loss or norm that is not finite: no step was taken with
+    it. In fp16 norms may overflow while the scale adapts, until it is below 1."""
+    finite = table.isfinite()
+    finite[:, 1] |= scaler.get_scale() >= 1
+    if not finite.all():
+        step, _, rank = (~finite).nonzero()[0].tolist()
+        step += first
+        names = [data.name(index) for _, index in schedule.keys(step, rank)]
+        raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
+                         f"{schedule.rate(step):.3g}; last.pt is of before; {names}")
+
+
+def wrap(model, teacher, args):
+    """Model and teacher as the loop calls them: compiled on CUDA or if asked, and in DDP; and the
+    autocast of the model."""
+    if args.compile or (args.compile is None and args.device.startswith("cuda")):
+        # einops must not meet this type in a trace for the first time
+        rearrange(next(model.parameters()), "... -> ...")
+        model = torch.compile(model)
+        teacher = None if teacher is None else torch.compile(teacher)
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    kind, dtype = args.device.partition(":")[0], PRECISIONS[args.amp]
+    return model, teacher, torch.autocast(kind, dtype, enabled=args.amp != "off")
+
+
+def loss_of(network, teacher, images, labels, noise, autocast, args):
+    """Scalar loss of a micro-batch: alignment with the teacher's levels and attention, in the
+    precision of its weights, or cross-entropy with the labels."""
+    if teacher is not None:
+        levels, attention = teacher(images)
+        mask_noise, path_noise = noise.tensor_split([attention.shape[1]], dim=1)
+        with autocast:
+            return network(images, levels, attention, mask_noise=mask_noise,
+                           path_noise=path_noise)
+    with autocast:
+        logits = network(images, noise)
+    smoothing = 0.1 if args.task == "finetune" else 0.0
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def announce(args, schedule, done, data, val, teacher):
+    """One line on what begins."""
+    sees = f"teacher sees {teacher.image_size} in {teacher.grid} patches; " if teacher else ""
+    print(f"{args.task}: {len(data)} images of {args.data} in {len(data.classes)} classes, "
+          f"{len(val or [])} to evaluate on; {sees}{schedule.steps} steps, from {done}, of "
+          f"{args.batch_size} = {WORLD} processes x {schedule.parts} x {schedule.micro}; "
+          f"lr {schedule.peak:.2e}; {args.device} {args.amp}"
+          f"{'; finished' * (done == schedule.steps)}", flush=True)
+
+
+def make_record(done, table, seconds, waited, schedule):
+    """A line of the log, on the steps of table [steps,2,W], which end with step `done`."""
+    norms = table[:, 1, 0]
+    norms = norms[norms.isfinite()]  # without the steps that fp16 has skipped
+    return dict(step=done, epoch=done / schedule.per_epoch, lr=schedule.rate(done - 1),
+                loss=table[:, 0].mean().item(),
+                grad_norm=norms.median().item() if len(norms) else None,
+                images_per_s=len(table) * schedule.batch / seconds, data_wait=waited)
+
+
+def progress(done, steps):
+    """The steps to do, with a bar on a terminal, and a line now and then elsewhere."""
+    lines = dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar}{r_bar}\n")
+    if sys.stderr.isatty():
+        lines = {}
+    return tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0, **lines)
+
 
 def train(args):
-    """Run one task -> (model, teacher, bank, val, last record of the log)."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out, batch, share = Path(args.out), args.batch_size, args.batch_size // WORLD
-    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    amp = args.amp or (half if device.type == "cuda" else "off")
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
-    cast = torch.autocast(device.type, dtype, enabled=amp != "off")  # a decorator: cast(f)(x)
-    micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
-    model, teacher, (data, bank, val) = build(args, device, dtype)
-    count, parts, per_epoch = len(data.names), share // micro, len(data.names) / batch  # steps
-    steps, warmup = max(1, int(args.epochs * per_epoch)), int(args.warmup_epochs * per_epoch)
-    rate = lambda step: learning_rate(step, steps, warmup, args.blr * batch / 256, args.min_lr)
-    groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True) if args.task == "probe" else (
-        torch.optim.AdamW(groups, betas=(0.9, 0.95 if teacher else 0.999), fused=True))
-    # outside fp16 the scale is 1: what remains is that a non-finite gradient takes no step
-    scale, interval = (2.0 ** 16, 2000) if amp == "fp16" else (1.0, 2 ** 31 - 1)
-    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=interval)
-    smoothing = 0.1 * (args.task == "finetune")
-    settings = {k: vars(args)[k] for k in vars(args).keys() - FREE} | dict(images=count, amp=amp)
-    kept = dict(student=model.student, align=model.align, optimiser=optimiser, scaler=scaler)
-    done, log, bad = resume(out, kept, settings)
-    sink = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)  # by the line
-    sink.writelines(json.dumps(record) + "\n" for record in log)
+    """Run one task -> its model, teacher, sources data, bank and val, and record, the last of the
+    log. UsageError if it cannot begin or go on."""
+    out = Path(args.out)
+    with owned(out):
+        try:
+            return run(args, out)
+        except KeyboardInterrupt as stop:
+            last = out / "last.pt"
+            step = read_weights(last)["step"] if last.exists() else 0
+            raise KeyboardInterrupt(f"{last} is of step {step}") from stop
+
+
+def run(args, out):
+    """train(), in a folder `out` that is ours."""
+    model, teacher, (data, bank, val) = build(args)
+    schedule, mix = Schedule(args, len(data)), mixing(data, args)
+    optimiser, scaler = make_optimiser(model, args), make_scaler(args)
+    parts = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
+    facts = dict(classes=data.classes, arguments=lasting(args, data))
+    done, log = resume(out, model, parts, args.init, facts)
     if RANK == 0:
-        print(f"{args.task}: {count} images of {args.data}; {steps} steps, from {done}, of {batch} "
-              f"= {WORLD} processes x {parts} x {micro}; lr {args.blr * batch / 256:.2e}; {device} "
-              f"{amp}; {'no ' * (not val)}evaluation{'; finished' * (done == steps)}", flush=True)
-    run, observe = model, teacher or (lambda images: ())
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        try:  # a type that einops first meets in a trace, as Parameter, would have it traced again
-            torch.compile(lambda x: rearrange(x, "... -> ...") + 1)(next(model.parameters()))
-            run, observe = torch.compile(model), torch.compile(observe)
-        except Exception as error:
-            print(f"no compiler works here, so nothing is compiled: {str(error)[:200]}")
-    ddp = nn.parallel.DistributedDataParallel(run) if WORLD > 1 else run
-    def backward(images, labels, noise):  # -> loss; a second try must go round DDP's hooks
-        loss = cast(ddp if len(images) == micro else run)(images, *observe(images), noise=noise)
-        loss = loss if teacher else F.cross_entropy(loss.float(), labels, label_smoothing=smoothing)
-        cost = scaler.scale(loss / parts * (1 + 0 * loss.detach()))  # 0·inf = NaN, for all ranks
-        cost.backward() if len(images) == micro else torch.autograd.grad(cost, groups[0]["params"])
-        return loss.detach()
-    def keys(step, rank):  # a step's images are the same at any number of processes
-        places = range(step * batch, (step + 1) * batch)[rank * share:][:share]
-        return [(at // count, order(count, args.seed, at // count)[at % count]) for at in places]
-    ahead = (key for step in range(done, steps) for key in keys(step, RANK))
-    stream = loader(data, ahead, micro, args, device)
-    draws = 2 * len(model.student.blocks) + (math.prod(model.student.grid) if teacher else 0)
-    bar = tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0, mininterval=10)
-    trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
-    for done, step in enumerate(bar, done + 1):  # done: once this step is
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step) * group["scale"]
-        generator = torch.Generator(device).manual_seed(seed_of(args.seed, "step", step))
-        noise = torch.rand(batch, draws, generator=generator, device=device)
-        losses = []
-        for part, piece in enumerate(noise[RANK * share:][:share].split(micro)):
-            asked = time.perf_counter()
-            images, labels, unreadable = next(stream)
-            waited += time.perf_counter() - asked
-            fresh |= unreadable
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            if data.mix:
-                torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
-                images, labels = data.mix(images / 255, labels)
-            ddp.require_backward_grad_sync = part == parts - 1  # as its no_sync() does
-            fits = 2 * micro  # halved at once: only micro trains, less is tried to name what fits
-            while len(losses) == part and (fits := fits // 2):
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    losses.append(backward(images[:fits], labels[:fits], piece[:fits]))
-            if fits < micro:
-                raise torch.OutOfMemoryError(f"({micro} exceeds memory, {fits} fits)")
-        scaler.unscale_(optimiser)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        scaler.step(optimiser)  # takes none if a gradient is not finite
-        scaler.update()
-        optimiser.zero_grad()
-        trail.append(torch.stack([torch.stack(losses).mean(), norm]))
-        saves = done % args.save_every == 0 or done == steps
-        if not saves and done % LOG_EVERY:
-            continue
-        first, mine = done - len(trail), (torch.stack(trail).tolist(), fresh)  # the host waits
-        taken, ranks = time.perf_counter() - since, gather(mine)
-        table = torch.tensor([each for each, _ in ranks]).permute(1, 2, 0)  # step, loss|norm, rank
-        finite = table.isfinite() | torch.tensor([[False], [scaler.get_scale() >= 1]])  # fp16 skips
-        for step, _, by in ((~finite).nonzero() + torch.tensor([first, 0, 0])).tolist():
-            names = [data.names[index] for _, index in keys(step, by)]
-            raise FloatingPointError(f"non-finite loss or gradient in step {step + 1}, rank {by}, "
-                                     f"lr {rate(step):.3g}; {out}/last.pt is of before; {names}")
-        new = {k: v for _, found in ranks for k, v in found.items() if k not in bad}
-        if RANK == 0 and new:
-            print(f"unreadable, their neighbours stand in: {new}", file=sys.stderr)
-        bad |= new
-        if len(bad) > data.limit:
-            raise ValueError(f"{len(bad)} of {count} files are unreadable: {[*bad.items()][:3]}")
-        record = dict(step=done, epoch=done / per_epoch, lr=rate(done - 1), unreadable=len(bad),
-                      loss=table[:, 0].mean().item(), grad_norm=table[:, 1, 0].median().item(),
-                      images_per_s=len(trail) * batch / taken, data_wait=waited / taken)
-        if val and (done == steps or done % (per_epoch * args.eval_every) < done - first):  # due
-            record |= dict(knn=knn(cast(model.eval().student), bank, val, args, device)) if (
-                teacher) else dict(zip(("top1", "top5"), map(float, accuracy(
-                    *outputs(cast(model.eval()), val, args, device), topk=(1, 5)))))
-            model.train()
-        if RANK == 0 and record.get("top1", 0) > max(r.get("top1", 0) for r in [{}, *log]):
-            write(out / "best.pt", model.state_dict())
-        log.append(record)
-        sink.write(json.dumps(record) + "\n")
-        if RANK == 0 and saves:
-            save(out, kept, step=done, log=log, bad=bad, arguments=settings)
-        bar.set_postfix(record, refresh=False)
-        trail, fresh, waited, since = [], {}, 0.0, time.perf_counter()
-    return model, teacher, bank, val, log[-1]
+        announce(args, schedule, done, data, val, teacher)
+    network, observe, autocast = wrap(model, teacher, args)
+    width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
+    width += math.prod(model.student.grid) if teacher else 0
+    stream, meter = loader(data, schedule.batches(done), args), Meter()
+    bar = progress(done, schedule.steps)
+    with open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1) as sink:
+        sink.writelines(json.dumps(record) + "\n" for record in log)
+        for step in bar:
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.rate(step) * group["lr_scale"]
+            losses = []
+            for part, noise in enumerate(schedule.noise(step, width, args.device)):
+                images, labels = meter.fetch(stream, args.device)
+                if mix:
+                    torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
+                    images, labels = mix(images / 255, labels)
+                final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
+                with contextlib.nullcontext() if final else network.no_sync():
+                    loss = loss_of(network, observe, images, labels, noise, autocast, args)
+                    # the last part may be smaller
+                    loss = loss * (len(images) * schedule.parts / schedule.share)
+                    scaler.scale(poisoned(loss) / schedule.parts).backward()
+                losses.append(loss.detach())
+            scaler.unscale_(optimiser)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            scaler.step(optimiser)  # takes none if a gradient is not finite
+            scaler.update()
+            optimiser.zero_grad()
+            meter.steps.append(torch.stack([torch.stack(losses).mean(), norm]))
+            done = step + 1
+            saves = done % args.save_every == 0 or done == schedule.steps
+            if not saves and done % LOG_EVERY:
+                continue
+            table, seconds, waited = meter.read()
+            first = done - len(table)
+            check_finite(table, first, schedule, scaler, data)
+            record = make_record(done, table, seconds, waited, schedule)
+            if val and schedule.evaluates(first, done):
+                with autocast:
+                    record |= evaluate(model, bank, val, args)
+            log.append(record)
+            sink.write(json.dumps(record) + "\n")
+            bar.set_postfix_str("loss {loss:.4f}, {images_per_s:.0f} images/s".format(**record),
+                                refresh=False)
+            if saves and RANK == 0:
+                save(out, model, parts, step=done, log=log, **facts)
+            meter = Meter()
+    return SimpleNamespace(
+        model=model, teacher=teacher, data=data, bank=bank, val=val, record=log[-1])
 
-def demo(args):  # a teacher with labels, a student without
-    train(argparse.Namespace(**vars(args) | dict(task="finetune", out=f"{args.out}/teacher")))
-    args.teacher_weights, args.out = f"{args.out}/teacher/student.pt", f"{args.out}/student"
-    model, teacher, bank, val, record = train(args)
-    device = model.align.matrix.device
-    untrained = knn(build(args, device, torch.float32)[0].student.eval(), bank, val, args, device)
-    taught = knn(lambda images: teacher(images)[0], bank, val, args, device)
-    print(f"k-NN {KNN}, mean patch token: untrained student {untrained:.1f} %, "
-          f"trained student {record['knn']:.1f} %, teacher {taught:.1f} %")
 
-def parse(argv):
-    """A command line -> all arguments, with the task's defaults. Raises ValueError if it is bad."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, values in (COMMON | dict(zip(COLUMNS, zip(*RECIPES.values())))).items():
-        v = values[0] if key in COLUMNS else values
-        options = dict(action=argparse.BooleanOptionalAction) if key == "compile" else dict(
-            type=type("" if v is None else v), choices=CHOICES.get(key), help=f"default {values}")
-        parser.add_argument("--" + key.replace("_", "-"), **options)
-    given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
-    args = COMMON | given
-    recipe = "digits" if args["data"].partition(":")[0] == "digits" else args["task"]
-    demo = dict(DIGITS, teacher_weights=COMMON["teacher_weights"] if "teacher" in given else None)
-    args |= dict(zip(COLUMNS, RECIPES[recipe])) | (demo if recipe == "digits" else {}) | given
-    for key, v in args.items():
-        top = dict(layer_decay=1, mask_ratio=1, drop_path=0.99).get(key, 2 ** 31)  # 1/(1−p)
-        if type(v) in (int, float) and not (0 < v <= top or v == 0 and key in MAY_BE_0):
-            raise ValueError(f"--{key.replace('_', '-')} {v} is out of range")
-    if args["batch_size"] % WORLD:
-        raise ValueError(f"--batch-size {args['batch_size']} is not divisible by {WORLD} processes")
-    kinds = ("cpu", "mps", "cuda") if torch.cuda.is_available() else ("cpu", "mps")
-    if (args["device"] or "cpu").partition(":")[0] not in kinds:
-        raise ValueError(f"--device {args['device']} is not available here")
-    return argparse.Namespace(**args)
+# --- Entry --------------------------------------------------------------------------------------
+def demo(args):
+    """A teacher learns the digits with labels, a student from it without. All are rated by k-NN."""
+    school, home = f"{args.out}/teacher", f"{args.out}/student"
+    lesson = dict(task="finetune", epochs=0.75 * args.epochs, out=school)
+    train(argparse.Namespace(**vars(args) | lesson))
+    lesson = dict(teacher_weights=f"{school}/student.pt", out=home)
+    args = argparse.Namespace(**vars(args) | lesson)
+    run = train(args)
+    torch.manual_seed(args.seed)
+    untrained = vit(args.student).to(args.device).eval()
+    before = knn(untrained, run.bank, run.val, args)
+    taught = knn(lambda images: run.teacher(images)[0], run.bank, run.val, args)
+    if RANK == 0:
+        print(f"{home}/student.pt has seen parts of pictures, and no label. Next: tutorial.ipynb; "
+              "--data FOLDER, for pictures of your own; README.md, for ImageNet.\n"
+              f"k-NN {KNN}, mean patch token: untrained student {before:.1f} %, "
+              f"trained student {run.record['knn']:.1f} %, teacher {taught:.1f} %")
+
+
+def join_processes(args):
+    """Meet the other ranks, if torchrun started this one. UsageError if they started without it."""
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise UsageError("SLURM started several tasks: start one, which starts torchrun")
+    elif not dist.is_initialized():
+        if torch.cuda.is_available() and args.device != "cpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(store=store, rank=rank, world_size=world)
+
 
 def main(argv=None):
-    """Run a command line. Errors of use are one line, unmixed with other ranks', and exit 2."""
-    logging.root.setLevel(logging.CRITICAL)  # open_clip logs there what its exceptions say
+    """Run a command line. Errors of use and lack of memory are one line and exit 2, Ctrl-C is one
+    line and exit 130; any other exception is a bug, or an edit of yours, and is shown whole."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        return  # a loader's worker imports the script that called this; it must not train
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of names that it cannot show
     try:
         args = parse(argv)
-        if "RANK" in os.environ and not dist.is_initialized():
-            if sys.platform == "linux":  # die with torchrun: an orphan would write beside its heir
-                ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-            if torch.cuda.is_available() and args.device != "cpu":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            store, rank, world = next(dist.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group(store=store, rank=rank, world_size=world)
-        (demo if args.task == "pretrain" and args.teacher_weights is None else train)(args)
+        join_processes(args)
+        taught = args.teacher != DIGITS["teacher"] or args.teacher_weights != "pretrained"
+        (train if taught or args.task != "pretrain" else demo)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        hints = {torch.OutOfMemoryError: "lower --micro-batch", ConnectionError: "worker died"}
-        words = [hints[kind] for kind in hints if isinstance(error, kind)] + str(error).split()
-        argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS).error(" ".join(words))
+    except KeyboardInterrupt as stop:
+        fail(f"interrupted: {stop}, from which the same command goes on", 130)
+    except UsageError as error:
+        fail(str(error).rpartition("UsageError: ")[2])  # a worker puts its traceback before it
+    except torch.OutOfMemoryError as error:
+        fail(f"lower --micro-batch, now {args.micro_batch}: {error}")
+
+
+def fail(text, code=2):
+    """Exit with one line, written at once, so that several ranks' do not mix."""
+    sys.stderr.write(f"train.py: error: {' '.join(text.split())}\n")
+    sys.exit(code)
+
 
 if __name__ == "__main__":
     main()
