@@ -11,7 +11,16 @@ Masks     are indices `keep` [B,V] of the VISIBLE patches.
 Noise     is uniform in [0,1), and drawn where it is not given.
 `Deviation:` marks departures from paper and official code. An error of use is a UsageError.
 """
-import argparse, difflib, logging, math, pathlib, re, sys, warnings, zipfile
+import argparse
+import difflib
+import logging
+import math
+import pathlib
+import re
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
 from fractions import Fraction
 
 import numpy
@@ -93,6 +102,22 @@ def add_branch(x, branch, drop_rate, noise=None):
     return torch.addcmul(x, rearrange(gate, "b -> b 1 1"), branch)
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention, [B,N,D] -> [B,N,D]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        heads = "b n (qkv h d) -> qkv b h n d"
+        q, k, v = rearrange(self.qkv(x), heads, qkv=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q·kᵀ/√d)·v
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; noise [B,2] is its two branches' drop path,
     None drops nothing."""
@@ -101,9 +126,10 @@ class Block(nn.Module):
         super().__init__()
         self.drop_rate = drop_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = layers.Attention(dim, heads, qkv_bias=True)
+        self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = layers.Mlp(dim, 4 * dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, noise=None):
         first, second = (None, None) if noise is None else noise.unbind(1)
@@ -118,17 +144,18 @@ class ViT(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
-        # timm's layers: patches go through a convolution of their own size
-        self.patch_embed = layers.PatchEmbed(image_size, patch_size, embed_dim=dim)
-        self.image_size, self.grid = self.patch_embed.img_size, self.patch_embed.grid_size
+        self.image_size = tuple(layers.to_2tuple(image_size))
+        self.grid = tuple(side // patch_size for side in self.image_size)
         if self.image_size != pixels(self.grid, patch_size) or dim % heads or dim % 4:
             raise UsageError(f"patches of {patch_size} must tile the image {self.image_size}, "
                              f"{heads} heads and 4 must divide the width {dim}")
+        self.dim = dim
+        # a linear map of each patch's pixels
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in self.drop_rates)
-        self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # unused: timm has it
         self.apply(initialise)
 
@@ -136,8 +163,9 @@ class ViT(nn.Module):
         """Images [B,3,H,W], keep [B,V] or None for all patches, drop path's noise [B,2S] -> list
         of S tensors [B,1+V,D]: every block's output, without a final norm."""
         images = normalise(images, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
+        patches = rearrange(self.patch_embed["proj"](images), "b d h w -> b (h w) d")
         cls = self.cls_token.expand(images.shape[0], -1, -1)
-        x = torch.cat([cls, self.patch_embed(images)], dim=1) + self.pos_embed
+        x = torch.cat([cls, patches], dim=1) + self.pos_embed
         if keep is not None:  # before the first block: a dropped patch costs nothing there
             x = take(x, keep)
         drops = self.training and any(self.drop_rates)
@@ -239,7 +267,7 @@ def load_encoder(network, source):
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
 
-VIT_TYPES = (ViT, vision_transformer.VisionTransformer, eva.Eva)  # ours and timm's
+TIMMS = (vision_transformer.VisionTransformer, eva.Eva)
 PLAIN = (layers.Attention, layers.AttentionRope, eva.EvaAttention)
 
 
@@ -247,10 +275,12 @@ def salient_attention(network):
     """A ViT of ours, open_clip or timm -> its attention that says which patches are salient (3.2):
     the last block's, where [CLS] asks, or, where there is no [CLS], that of the pooling query.
     Raises if there is none, or none that can be read."""
+    if isinstance(network, ViT):
+        return network.blocks[-1].attn
     if hasattr(network, "class_embedding"):  # open_clip's
         return network.transformer.resblocks[-1].attn
     patches = getattr(network, "patch_embed", None)
-    if not isinstance(network, VIT_TYPES) or not isinstance(patches, layers.PatchEmbed):
+    if not isinstance(network, TIMMS) or not isinstance(patches, layers.PatchEmbed):
         raise UsageError(f"a {type(network).__name__} cannot teach: it is no plain ViT")
     if network.cls_token is not None:
         attention = getattr(network.blocks[-1], "attn", None)
@@ -270,17 +300,20 @@ class Teacher(nn.Module):
     def __init__(self, network, levels=5):
         super().__init__()
         attention = salient_attention(network)  # raises
-        if hasattr(network, "class_embedding"):  # open_clip's
+        if isinstance(network, ViT):
+            blocks, patches = network.blocks, network.patch_embed["proj"]
+            self.image_size, self.grid = network.image_size, network.grid
+            self.mean_std = None  # it normalises for itself
+        elif hasattr(network, "class_embedding"):  # open_clip's
             blocks, patches = network.transformer.resblocks, network.conv1
             self.image_size, self.grid = network.image_size, network.grid_size
-            colours = network.preprocess_cfg
+            self.mean_std = network.preprocess_cfg["mean"], network.preprocess_cfg["std"]
         else:
             blocks, patches = network.blocks, network.patch_embed.proj
             self.image_size = network.patch_embed.img_size
             self.grid = network.patch_embed.grid_size
             colours = timm.data.resolve_model_data_config(network)
-        own = isinstance(network, ViT)  # which normalises for itself
-        self.mean_std = None if own else (colours["mean"], colours["std"])
+            self.mean_std = colours["mean"], colours["std"]
         self.network, self.levels, self.depth = network, levels, len(blocks)
         self.dim, self.patches = patches.out_channels, math.prod(self.grid)
         self.has_cls = attention is not getattr(network, "attn_pool", None)
@@ -289,7 +322,7 @@ class Teacher(nn.Module):
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         for block in blocks[-levels:]:
             block.register_forward_hook(self.see_level)
-        if isinstance(network, VIT_TYPES[1:]):
+        if isinstance(network, TIMMS):
             attention.register_forward_pre_hook(self.see_rope, with_kwargs=True)
             attention.q_norm.register_forward_hook(self.see_queries)
             attention.k_norm.register_forward_hook(self.see_keys)
