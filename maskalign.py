@@ -224,8 +224,8 @@ def read_weights(source):
             return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:  # a file can be wrong in nearly any way
         # torch's advice, to trust the file, comes first
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise UsageError(f"{source} was not read: {reason}") from error
+        reason = (str(error) or repr(error)).rpartition("WeightsUnpickler error: ")[2]
+        raise UsageError(f"{source} was not read: {' '.join(reason.split())}") from error
 
 
 def resample(positions, grid):
