@@ -1,51 +1,168 @@
 """Properties of maskalign.py and train.py; sizes are drawn pairwise distinct."""
 import argparse
 import ast
+import collections
+import contextlib
 import copy
+import hashlib
+import inspect
 import io
 import json
+import logging
 import math
+import os
 import re
+import resource
 import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
 import tokenize
 import warnings
+import zipfile
+import zlib
 from fractions import Fraction
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.JpegImagePlugin
+import nbformat
 import numpy
+import open_clip
 import pytest
+import safetensors.torch
 import timm
 import torch
-from safetensors.torch import save_file
-from PIL import Image
-from torchvision.transforms import v2
+from PIL import Image, ImageDraw
 from hypothesis import assume, given, settings, strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                    register_optimizer_step_pre_hook)
+from torch.overrides import TorchFunctionMode
+from torchvision.transforms import v2
+
 import maskalign as ma
 import train
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # two runs at once are faster than one with two threads
+
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("fast")
-HERE = Path(__file__).parent
 
 
-def small(**options):
+def small_vit(**options):
+    """A student of S 3, D 8 and 3x3 patches."""
     return ma.ViT(**{**dict(image_size=12, patch_size=4, dim=8, depth=3, heads=2), **options})
 
 
-def teacher_of(network, levels=2):
-    return ma.Teacher(network, levels)
+def alike(a, b, atol=0):
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[key], b[key], rtol=0, atol=atol) for key in a)
 
 
-def small_copy(network):
-    """The same weights without drop path."""
-    other = small()
-    other.load_state_dict(network.state_dict())
-    return other
+def shaken(network):
+    """Random values everywhere, so that no zero or identity hides a fault."""
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network.eval()
 
 
-def alike(a, b, atol):
-    return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a) and a.keys() == b.keys()
+FAMILIES = {  # timm's real classes, small; patches of 14 pixels
+    "ViT": ("vit_base_patch16_224", {}),
+    "QK norm": ("vit_base_patch16_224", dict(qk_norm=True)),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "DeiT 3": ("deit3_small_patch16_224", {}),
+    "DINO": ("vit_base_patch16_224.dino", {}),
+    "MAE": ("vit_base_patch16_224.mae", {}),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "DINOv2": ("vit_small_patch14_dinov2", {}),
+    "DINOv2, registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "DINOv3": ("vit_small_patch16_dinov3", {}),
+    "EVA-02": ("eva02_tiny_patch14_224", {}),
+    "EVA-02 CLIP": ("eva02_base_patch16_clip_224", {}),
+    "mixed RoPE": ("vit_small_patch16_rope_mixed_224", {}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {}),
+    "SigLIP 2": ("vit_base_patch16_siglip_256.v2_webli", {}),
+    "SO150M, registers": ("vit_so150m_patch16_reg4_map_256", {}),
+    "C-RADIO": ("vit_base_patch16_radio_v3", {}),
+}
 
 
-# --- 3.1 the networks ---------------------------------------------------------------------------
+def family(kind, **more):
+    name, options = FAMILIES[kind]
+    sizes = dict(depth=3, embed_dim=24, num_heads=2, img_size=(42, 70), patch_size=14)
+    return shaken(timm.create_model(name, num_classes=0, **sizes | options | more))
+
+
+@pytest.fixture(scope="module")
+def clip_name(tmp_path_factory):
+    """A small CLIP, as open_clip knows it by name."""
+    folder = tmp_path_factory.mktemp("clip")
+    for patch in (14, 16):
+        file = folder / f"ViT-test-{patch}.json"
+        file.write_text(json.dumps(dict(
+            embed_dim=16, quick_gelu=True,
+            vision_cfg=dict(image_size=12 * patch, layers=3, width=128, patch_size=patch),
+            text_cfg=dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1))))
+        open_clip.add_model_config(file)
+    return "ViT-test-16"
+
+
+def clip(name, **more):
+    logging.disable(logging.WARNING)  # it warns of random weights
+    network = open_clip.create_model(name, **more)
+    logging.disable(logging.NOTSET)
+    return network
+
+
+@pytest.fixture
+def teachers(clip_name):
+    """A Teacher of each library, with sizes of its own."""
+    torch.manual_seed(0)
+    return dict(ours=ma.Teacher(shaken(small_vit(dim=12, image_size=(12, 20))), 2),
+                clip=ma.Teacher(clip(clip_name).visual, 2), timm=ma.Teacher(family("DINOv3"), 2))
+
+
+# --- 3.1 Model structure: the student -----------------------------------------------------------
+
+def test_images_are_normalised_by_channel():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    expected = v2.functional.normalize(images / 255, *ma.IMAGENET_MEAN_STD)
+    assert torch.allclose(ma.normalise(images, *ma.IMAGENET_MEAN_STD), expected, atol=1e-6)
+    assert torch.allclose(ma.normalise(images / 255, *ma.IMAGENET_MEAN_STD), expected, atol=1e-6)
+
+
+def test_floats_up_to_255_are_refused_by_student_and_teacher(teachers):
+    for network in (small_vit(), *teachers.values()):
+        for images in (torch.rand(2, 3, *network.image_size) * 255, torch.full((1, 3, 9, 9), 11.)):
+            with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
+                network(images)
+    assert torch.equal(ma.to_float(torch.rand(2, 3, 4, 5) * 2 - 1).isfinite(),
+                       torch.ones(2, 3, 4, 5).bool())  # bicubic resizing overshoots
+
+
+def test_an_error_of_use_is_a_value_error():
+    assert issubclass(ma.UsageError, ValueError)
+
+
+@given(st.integers(1, 4), st.integers(5, 9), st.integers(10, 13))
+def test_sincos_positions_equal_loops(quarter, rows, columns):
+    table = ma.sincos_2d(4 * quarter, (rows, columns))
+    assert table.shape == (1 + rows * columns, 4 * quarter) and not table[0].any()
+    omega = [10000 ** (-i / quarter) for i in range(quarter)]
+    for row in range(rows):
+        for column in range(columns):
+            expected = [f(place * w) for place in (column, row) for f in (math.sin, math.cos)
+                        for w in omega]
+            assert torch.allclose(table[1 + row * columns + column], torch.tensor(expected))
+    assert torch.equal(ma.sincos_2d(8, 3), ma.sincos_2d(8, (3, 3)))
+
 
 @given(st.integers(1, 4), st.integers(5, 9), st.integers(10, 13), st.randoms())
 def test_take_equals_loops(batch, patches, width, random):
@@ -54,258 +171,6 @@ def test_take_equals_loops(batch, patches, width, random):
     loops = [[tokens[b, 0].tolist()] + [tokens[b, 1 + i].tolist() for i in keep[b].tolist()]
              for b in range(batch)]
     assert ma.take(tokens, keep).tolist() == loops
-
-
-def test_dropped_patches_change_nothing_and_all_kept_is_no_mask():
-    network, images = small(), torch.rand(2, 3, 12, 12)
-    keep = torch.tensor([[0, 4], [8, 2]])
-    other = torch.rand(2, 3, 12, 12)
-    for b in range(2):
-        for i in keep[b].tolist():
-            rows, columns = slice(i // 3 * 4, i // 3 * 4 + 4), slice(i % 3 * 4, i % 3 * 4 + 4)
-            other[b, :, rows, columns] = images[b, :, rows, columns]
-    for x, y in zip(network(images, keep), network(other, keep)):
-        assert torch.equal(x, y)
-    for x, y in zip(network(images, torch.arange(9).expand(2, -1)), network(images)):
-        assert torch.allclose(x, y, atol=1e-6)
-
-
-def test_a_frozen_network_draws_nothing_at_random():
-    network, images = small(drop_path=0.5), torch.rand(2, 3, 12, 12)
-    for frozen in (network.eval(), teacher_of(network)):
-        before = torch.get_rng_state()
-        frozen(images)
-        assert torch.equal(before, torch.get_rng_state())
-    network.train()(images)
-    assert not torch.equal(before, torch.get_rng_state())
-
-
-def test_permuting_keep_permutes_outputs_and_leaves_the_loss():
-    network, images = small(), torch.rand(2, 3, 12, 12)
-    model = ma.MaskAlign(network, teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
-    keep, order = torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]]), torch.tensor([2, 0, 3, 1])
-    for x, y in zip(network(images, keep), network(images, keep[:, order])):
-        assert torch.allclose(ma.take(x, order.expand(2, -1)), y, atol=1e-5)
-    levels, attention = teacher(images)
-    losses = [model(images, levels, attention, k) for k in (keep, keep[:, order])]
-    assert torch.allclose(*losses, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
-def test_timm_gives_the_same_tokens(name):
-    ours, theirs = ma.vit(name, depth=3), timm.create_model(name, num_classes=0, depth=3).eval()
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    with torch.no_grad():
-        tokens = ours.norm(ours(images)[-1])
-        expected = theirs.forward_features(ma.normalise(images, *ma.IMAGENET_MEAN_STD))
-    assert torch.allclose(tokens, expected, atol=1e-5)
-
-
-def test_sincos_positions():
-    table = ma.sincos_2d(8, (2, 3))
-    assert table.shape == (7, 8) and not table[0].any()
-    row, column = 1, 2
-    omega = [1.0, 10000 ** -0.5]
-    expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in omega]
-    assert torch.allclose(table[1 + row * 3 + column], torch.tensor(expected))
-
-
-@pytest.mark.parametrize("name", ["vit_digits_patch4_32", "ViT-M-16", "vit_tiny_patch16_224.x"])
-def test_a_teacher_is_frozen_for_good(name):
-    if name.endswith(".x"):
-        teacher = ma.Teacher(timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0), 3)
-    else:
-        with pytest.warns(UserWarning, match="random weights"):
-            teacher = ma.load_teacher(name, None, levels=3)
-    images = torch.rand(2, 3, *teacher.image_size)
-    before = [p.clone() for p in teacher.parameters()]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    levels, attention = teacher.train()(images)
-    again, _ = teacher(images)
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    assert all(map(torch.equal, levels, again)) and len(again) == 3
-    assert not any(m.training for m in teacher.modules())
-    student = small(image_size=teacher.image_size, patch_size=teacher.image_size[0]
-                    // teacher.grid[0])
-    model = ma.MaskAlign(student, teacher)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(images, levels, attention).backward()
-    optimiser.step()
-    assert all(torch.equal(p, q) for p, q in zip(before, teacher.parameters()))
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert not any("teacher" in key for key in model.state_dict())
-    state = teacher.state_dict(keep_vars=True).values()
-    assert len({id(value) for value in state}) == len(state)  # nothing is stored twice
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is not None for p in trainable.values())
-    assert {"student.cls_token", "align.matrix"} <= set(trainable)
-
-
-@pytest.mark.parametrize("name", ["vit_digits_patch4_32", "ViT-M-16"])
-def test_attention_is_the_naive_softmax_and_levels_are_the_blocks_outputs(name):
-    with pytest.warns(UserWarning, match="random weights"):
-        teacher = ma.load_teacher(name, None, levels=3)
-    network, seen, outputs = teacher.network, [], []
-    blocks = network.blocks if name in ma.VITS else network.transformer.resblocks
-    attn = blocks[-1].attn
-    attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for block in blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-    levels, attention = teacher(torch.rand(2, 3, *teacher.image_size))
-    assert all(map(torch.equal, levels, outputs[-3:]))
-    weight, bias = (attn.qkv.weight, attn.qkv.bias) if hasattr(attn, "qkv") else (
-        attn.in_proj_weight, attn.in_proj_bias)
-    q, k, _ = (seen[0] @ weight.T + bias).chunk(3, dim=-1)
-    heads = [(q[..., i] @ k[..., i].transpose(1, 2) / len(i) ** 0.5).softmax(-1)[:, 0, 1:]
-             for i in torch.arange(teacher.dim).chunk(attn.num_heads)]
-    assert torch.allclose(attention, torch.stack(heads).mean(0), atol=1e-6)
-    assert attention.dtype == torch.float32
-
-
-FAMILIES = {  # timm's real classes, small: a name, its options, tokens before the patches
-    "vit_base_patch16_224": (dict(patch_size=14), 1),
-    "deit_tiny_distilled_patch16_224": (dict(patch_size=14), 2),
-    "deit3_small_patch16_224": (dict(patch_size=14), 1),
-    "vit_base_patch16_clip_quickgelu_224": (dict(patch_size=14), 1),
-    "vit_small_patch14_dinov2": ({}, 1), "vit_small_patch14_reg4_dinov2": ({}, 5),
-    "vit_small_patch16_dinov3": (dict(patch_size=14), 5), "eva02_tiny_patch14_224": ({}, 1),
-    "vit_base_patch16_siglip_224": (dict(patch_size=14), 0)}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_of_timm_teaches(name, monkeypatch):
-    """Attention equals the explicit map, levels the blocks' outputs, compiled equals eager."""
-    options, prefix = FAMILIES[name]
-    torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=0, depth=2, embed_dim=48, num_heads=4,
-                                img_size=56, **options)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    teacher, images = ma.Teacher(network, 2), torch.rand(2, 3, 56, 56)
-    outputs, maps, softmax = [], [], torch.Tensor.softmax
-    for block in network.blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-    source = network.blocks[-1].attn if prefix else network.attn_pool
-    levels, attention = teacher(images)
-    for output, level in zip(outputs, levels):
-        patches = output[:, prefix:]
-        first = output[:, :1] if prefix else patches.mean(1, keepdim=True)
-        assert torch.equal(level, torch.cat([first, patches], dim=1))
-    source.fused_attn = False
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "softmax", lambda x, *args, **more: (
-            maps.append(softmax(x, *args, **more)), maps[-1])[1])
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in teacher.mean_std)
-        with torch.no_grad():
-            network((images - mean) / std)
-    source.fused_attn = True
-    assert torch.allclose(attention, maps[-1][:, :, 0, -16:].mean(1), atol=1e-6)
-    model = ma.MaskAlign(small(image_size=56, patch_size=14), teacher)
-    model(images, levels, attention).backward()
-    torch._dynamo.reset()
-    compiled = torch.compile(teacher, backend="eager", fullgraph=True)(images)
-    assert all(map(torch.equal, levels, compiled[0])) and torch.equal(attention, compiled[1])
-
-
-def test_a_copy_of_a_teacher_is_its_own():
-    teacher, images = teacher_of(small()), torch.rand(2, 3, 12, 12)
-    before = teacher(images)
-    other = copy.deepcopy(teacher)
-    for parameter in other.parameters():
-        parameter.data.mul_(1.5)
-    changed, again = other(images), teacher(images)
-    assert all(map(torch.equal, before[0], again[0])) and torch.equal(before[1], again[1])
-    assert not torch.equal(changed[0][-1], before[0][-1])
-
-
-@pytest.mark.parametrize("name, weights, says", [
-    ("vit_base_patch16_24", None, "vit_base_patch16_224"),
-    ("RN50", None, "cannot teach"), ("resnet18", None, "cannot teach"),
-    ("beit_base_patch16_224", None, "cannot teach"),
-    ("vit_small_patch16_224.x", None, "vit_small_patch16_224"),
-    ("vit_base_patch16_gap_224", None, "pooling query"),
-    ("ViT-B-16", "openai", "-quickgelu"), ("ViT-B-16", "nowhere.pt", "nowhere.pt"),
-    ("vit_base_patch16_clip_224.openai", "x.pt", "quickgelu"),
-    ("vit_tiny_patch16_224", "pretrained", "--teacher-weights")])
-@pytest.mark.filterwarnings("ignore:teacher")
-def test_a_teacher_that_cannot_be_is_one_error_that_says_why(name, weights, says, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ma.UsageError, match=re.escape(says)):
-        ma.load_teacher(name, weights, 2)
-
-
-@pytest.mark.parametrize("name, grid, pixels", [
-    ("ViT-M-16", (3, 5), (48, 80)), ("vit_digits_patch4_32", (3, 5), (12, 20)),
-    ("vit_tiny_patch16_224", (3, 5), (48, 80))])
-@pytest.mark.filterwarnings("ignore:teacher")
-def test_a_teacher_sees_the_students_grid(name, grid, pixels, tmp_path):
-    weights = None
-    if name == "vit_tiny_patch16_224":  # from a file in timm's format, as timm's network
-        torch.save(ma.vit(name).state_dict(), tmp_path / "file.pt")
-        weights = str(tmp_path / "file.pt")
-    teacher = ma.load_teacher(name, weights, 2, grid=grid)
-    assert (teacher.grid, teacher.image_size) == (grid, pixels)
-    levels, attention = teacher(torch.rand(2, 3, 60, 60))
-    assert attention.shape == (2, 15) and levels[0].shape[:2] == (2, 16)
-
-
-def test_the_encoder_is_exported_with_a_free_batch_size():
-    network, batch = small().eval(), torch.export.Dim("batch", min=2, max=64)
-    network.requires_grad_(False)
-    exported = torch.export.export(network, (torch.rand(2, 3, 12, 12),),
-                                   dynamic_shapes=({0: batch},)).module()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(network, torch.rand(2, 3, 12, 12))
-    images = torch.rand(5, 3, 12, 12)
-    for other in (exported, traced):
-        for x, y in zip(network(images), other(images), strict=True):
-            assert torch.allclose(x, y, atol=1e-6)
-
-
-def test_floats_up_to_255_are_refused():
-    images = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
-    small()(images / 255)
-    for network in (small(), teacher_of(small())):
-        with pytest.raises(ma.UsageError, match="255"):
-            network(images.float())
-
-
-@pytest.mark.parametrize("name", ["vit_digits_patch4_32", "ViT-M-16"])
-def test_teacher_in_bf16_weights_stays_in_bf16(name):
-    with pytest.warns(UserWarning, match="random weights"):
-        teacher = ma.load_teacher(name, None, levels=2)
-    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
-    exact, exact_attention = teacher(images)
-    levels, attention = teacher.to(torch.bfloat16)(images)
-    assert all(level.dtype == torch.bfloat16 for level in levels)
-    assert attention.dtype == torch.float32
-    assert torch.allclose(attention, exact_attention, atol=2e-3)
-    for a, b in zip(exact, levels):
-        assert (ma.whiten(a) - ma.whiten(b)).abs().mean() < 0.05
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_bf16_has_the_loss_and_gradients_of_fp32(seed):
-    torch.manual_seed(seed)
-    model = ma.MaskAlign(ma.vit("vit_digits_patch4_32", drop_path=0.1), teacher := ma.load_teacher(
-        "vit_digits_patch4_32", None, levels=3))
-    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    noise = torch.rand(64, 8)
-    levels, attention = teacher(images)
-    keep = ma.attentive_keep(attention, 0.7)  # in bf16 now and then another
-    results = []
-    for enabled in (False, True):
-        seen = teacher.to(torch.bfloat16)(images) if enabled else (levels, attention)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = model(images, *seen, keep, path_noise=noise)
-        results.append((loss, torch.autograd.grad(loss, [
-            p for p in model.parameters() if p.requires_grad])))
-    (exact, exact_gradients), (loss, gradients) = results
-    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 1e-3
-    for a, b in zip(exact_gradients, gradients):
-        assert b.dtype == torch.float32 and (a - b).norm() < 0.05 * a.norm()
 
 
 def test_sizes_and_colours_are_timms():
@@ -317,9 +182,31 @@ def test_sizes_and_colours_are_timms():
             image_size=patches.img_size[0], patch_size=patches.patch_size[0],
             dim=network.embed_dim, depth=len(network.blocks), heads=heads)
     assert ma.IMAGENET_MEAN_STD == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    assert torch.allclose(ma.normalise(images, *ma.IMAGENET_MEAN_STD),
-                          v2.functional.normalize(images / 255, *ma.IMAGENET_MEAN_STD), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
+def test_timm_gives_the_same_tokens(name):
+    ours, theirs = ma.vit(name, depth=2), timm.create_model(name, num_classes=0, depth=2).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = ours.norm(ours(images)[-1])
+        expected = theirs.forward_features(ma.normalise(images, *ma.IMAGENET_MEAN_STD))
+    assert torch.allclose(tokens, expected, atol=1e-5)
+
+
+def test_names_and_sizes_of_a_vit():
+    network = ma.vit("vit_digits_patch4_32", image_size=(24, 40), depth=None)
+    assert network.grid == (6, 10) and network.image_size == (24, 40) and len(network.blocks) == 4
+    with pytest.raises(ma.UsageError, match="unknown ViT 'nope'.*vit_tiny_patch16_224"):
+        ma.vit("nope")
+
+
+@pytest.mark.parametrize("sizes", [dict(image_size=(12, 14)), dict(image_size=(14, 12)),
+                                   dict(heads=3), dict(dim=10)])
+def test_sizes_that_do_not_divide_are_refused(sizes):
+    with pytest.raises(ma.UsageError, match="tile the image|divide"):
+        small_vit(**sizes)
 
 
 def test_initial_weights_are_xaviers():
@@ -331,103 +218,193 @@ def test_initial_weights_are_xaviers():
             assert module.weight.std().item() == pytest.approx(deviation, rel=0.05)
         if isinstance(module, torch.nn.Linear):
             assert not module.bias.any()
+    assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_drop_path_drops_or_scales_a_branch_by_its_noise():
-    """A block whose two branches are 1 for all inputs adds 0 or 1/(1−p) each."""
-    network, noise = small(drop_path=0.5).train(), torch.rand(50, 6)
-    for block in network.blocks:
-        for layer in (block.attn.proj, block.mlp.fc2):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.ones_(layer.bias)
-    levels = network(torch.rand(50, 3, 12, 12), path_noise=noise)
-    for s in (1, 2):
-        p, added = 0.25 * s, (levels[s] - levels[s - 1])[:, 0, 0]
-        kept = (noise[:, 2 * s:2 * s + 2] >= p).sum(1) / (1 - p)
-        assert torch.allclose(added, kept, atol=1e-5)
+def test_positions_are_fixed_and_of_the_grid():
+    network = small_vit(image_size=(12, 20))
+    assert not network.pos_embed.requires_grad
+    assert torch.equal(network.pos_embed[0], ma.sincos_2d(8, (3, 5)))
 
 
-def test_drop_path_is_off_in_evaluation_and_drawn_where_it_is_not_given():
-    network, images = small(drop_path=0.5), torch.rand(2, 3, 12, 12)
-    assert all(map(torch.equal, network.eval()(images), small_copy(network)(images)))
+def test_the_student_sees_whole_images_or_the_kept_patches():
+    network, images = small_vit(image_size=(12, 20)), torch.rand(2, 3, 12, 20)
+    levels = network(images, torch.tensor([[0, 14, 7, 3], [8, 2, 1, 5]]))
+    assert [tuple(level.shape) for level in levels] == [(2, 5, 8)] * 3
+    for x, y in zip(network(images, torch.arange(15).expand(2, -1)), network(images), strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_dropped_patches_change_nothing():
+    network, images, other = small_vit(), torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
+    keep = torch.tensor([[0, 4], [8, 2]])
+    for b in range(2):
+        for i in keep[b].tolist():
+            rows, columns = slice(i // 3 * 4, i // 3 * 4 + 4), slice(i % 3 * 4, i % 3 * 4 + 4)
+            other[b, :, rows, columns] = images[b, :, rows, columns]
+    for x, y in zip(network(images, keep), network(other, keep), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_permuting_keep_permutes_the_tokens():
+    network, images = small_vit(), torch.rand(2, 3, 12, 12)
+    keep, order = torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]]), torch.tensor([2, 0, 3, 1])
+    for x, y in zip(network(images, keep), network(images, keep[:, order]), strict=True):
+        assert torch.allclose(ma.take(x, order.expand(2, -1)), y, atol=1e-5)
+
+
+def test_drop_path_leaves_branches_out_by_chance_and_image():
     torch.manual_seed(0)
-    first, again = (network.train()(images)[-1] for _ in range(2))
-    assert not torch.equal(first, again)
+    network, images = shaken(small_vit(drop_path=0.5)).train(), torch.rand(40, 3, 12, 12)
+    noise = torch.rand(40, 6)
+    with torch.no_grad():
+        patches = network.patch_embed["proj"](ma.normalise(images, *ma.IMAGENET_MEAN_STD))
+        x = torch.cat([network.cls_token.expand(40, -1, -1), patches.flatten(2).mT], dim=1)
+        x = x + network.pos_embed
+        for s, block in enumerate(network.blocks):
+            p = 0.5 * s / 2
+            for part, branch in enumerate([lambda x: block.attn(block.norm1(x)),
+                                           lambda x: block.mlp(block.norm2(x))]):
+                y = branch(x)
+                x = torch.stack([x[b] + y[b] / (1 - p) if noise[b, 2 * s + part] >= p else x[b]
+                                 for b in range(40)])
+            assert torch.allclose(network(images, path_noise=noise)[s], x, rtol=1e-4, atol=1e-4)
 
 
-def test_a_clip_teacher_sees_clips_colours_and_size(monkeypatch):
-    import open_clip
-    with pytest.warns(UserWarning, match="random weights"):
-        teacher = ma.load_teacher("ViT-M-16", None)
-    seen, images = [], torch.rand(1, 3, 112, 112)
-    monkeypatch.setattr(teacher.network, "forward", lambda x: seen.append(x) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        teacher(images)
-    expected = torch.nn.functional.interpolate(v2.functional.normalize(
-        images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), 224, mode="bicubic")
-    assert torch.allclose(seen[0], expected, atol=1e-5) and teacher.levels == 5
+def test_drop_path_draws_only_in_training():
+    network, images = small_vit(drop_path=0.5), torch.rand(2, 3, 12, 12)
+    noise, before = torch.zeros(2, 6), torch.get_rng_state()
+    plain = network.eval()(images, path_noise=noise)
+    assert torch.equal(plain[-1], network(images)[-1])
+    network = small_vit()
+    before = torch.get_rng_state()
+    assert torch.equal(network.train()(images)[-1], network.eval()(images)[-1])
+    assert torch.equal(before, torch.get_rng_state())
+    network = small_vit(drop_path=0.5).train()
+    torch.manual_seed(1)
+    drawn = network(images)
+    torch.manual_seed(1)
+    assert torch.equal(drawn[-1], network(images, path_noise=torch.rand(2, 6))[-1])
 
 
-# --- Weights that travel ------------------------------------------------------------------------
+def test_every_parameter_of_the_student_but_the_norm_gets_a_gradient():
+    network = small_vit()
+    sum(level.square().sum() for level in network(torch.rand(2, 3, 12, 12))).backward()
+    frozen = {name for name, p in network.named_parameters() if p.grad is None}
+    assert frozen == {"pos_embed", "norm.weight", "norm.bias"}
+    assert frozen == {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_encoder_is_exported_with_a_free_batch_size(dtype):
+    network, images = small_vit().eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(network, (images[:3],), dynamic_shapes=({0: batch},)).module()
+    traced = torch.jit.trace(network, (images[:3],))
+    for function in (exported, traced):
+        assert torch.allclose(function(images)[-1], network(images)[-1], atol=1e-5)
+
+
+# --- 3.1 Model structure: weights from files ----------------------------------------------------
 
 def formats(state):
-    """The same encoder as each kind of checkpoint holds it."""
+    """The same encoder as each kind of checkpoint holds it, and what of it is left aside."""
     junk = torch.zeros(2)
+    bare = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    extra = dict(args=argparse.Namespace(lr=0.1, out=Path("out"), nested=dict(a=[1, None])),
+                 best=numpy.float64(0.5), count=numpy.int64(3), at=Path("/data"))
     return {
-        "ours": {"student": state, "align": {"matrix": junk}, "step": 3},
-        "timm": {**state, "head.weight": junk},
-        "mae": {"model": {**state, "mask_token": junk, "decoder_embed.weight": junk}, "epoch": 1},
-        "dino": {"teacher": {f"module.backbone.{k}": v for k, v in state.items()},
-                 "student": {f"module.backbone.{k}": 0 * v for k, v in state.items()}},
-        "official": {"model": {**{f"model.{k}": v for k, v in state.items()},
-                               "distill_weights": junk, "clip_model.x": junk}},
-        "official pre-training": {"model": {**state, "distill_heads.0.weight": junk}},
-        "with arguments": {"model": state, "args": argparse.Namespace(lr=1, out=Path("x")),
-                           "best": numpy.float64(3), "file": Path("y")},
-        "prefixes": {f"_orig_mod.module.model.module.{k}": v for k, v in state.items()} | {
-            "head.bias": junk},
-        "encoder": {f"encoder.{k}": v for k, v in state.items()} | {"decoder.x": junk},
-        "fine-tuned": {"model": {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
-                                 for k, v in state.items()}}}
+        "ours": ({"student": state, "align": {"matrix": junk}, "step": 3}, ["align", "step"]),
+        "our classifier": ({**bare, "fc_norm.weight": junk, "head.bias": junk},
+                           ["fc_norm.weight", "head.bias"]),
+        "timm": ({**state, "head.weight": junk}, ["head.weight"]),
+        "timm's training": ({"arch": "x", "state_dict": state, **extra},
+                            ["arch", "args", "at", "best", "count"]),
+        "MAE": ({"model": {**state, "mask_token": junk, "decoder_embed.weight": junk},
+                 "epoch": 1, **extra},
+                ["args", "at", "best", "count", "decoder_embed.weight", "epoch", "mask_token"]),
+        "MAE, fine-tuned": ({"model": {**bare, "fc_norm.bias": junk, "head.bias": junk}, **extra},
+                            ["args", "at", "best", "count", "fc_norm.bias", "head.bias"]),
+        "DINO": ({"student": {f"module.backbone.{k}": 0 * v for k, v in state.items()},
+                  "teacher": {**{f"module.backbone.{k}": v for k, v in state.items()},
+                              "module.head.mlp.0.bias": junk}}, ["head.mlp.0.bias", "student"]),
+        "official": ({"model": {**{f"model.{k}": v for k, v in state.items()},
+                                "distill_weights": junk, "clip_model.x": junk}},
+                     ["clip_model.x", "distill_weights"]),
+        "wrapped": ({"state_dict": {"module": {"_orig_mod.module.student.encoder.backbone." + k: v
+                                               for k, v in state.items()}}}, []),
+        "with numbers": ({**state, "epoch": 3}, []),
+    }
 
 
 @pytest.mark.parametrize("kind", formats({}))
 def test_every_format_of_an_encoder_loads(tmp_path, kind):
-    source, target = small(), small()
-    torch.save(formats(source.state_dict())[kind], tmp_path / "file.pt")
-    aside = ma.load_encoder(target, tmp_path / "file.pt")
-    assert alike(source.state_dict(), target.state_dict(), 0)
-    assert aside and not any(key.startswith(("blocks", "patch_embed")) for key in aside)
+    source, target = shaken(small_vit()), small_vit()
+    content, aside = formats(source.state_dict())[kind]
+    torch.save(content, tmp_path / "file.pt")
+    norm = copy.deepcopy(target.norm.state_dict())
+    assert ma.load_encoder(target, tmp_path / "file.pt") == aside
+    if kind in ("our classifier", "MAE, fine-tuned"):  # what it lacks stays
+        assert alike(target.norm.state_dict(), norm)
+        target.norm = source.norm
+    assert alike(source.state_dict(), target.state_dict())
 
 
-def test_safetensors_and_our_own_classifier_are_encoders(tmp_path):
-    source = small()
-    save_file(source.state_dict(), tmp_path / "a.safetensors")
-    torch.save(train.Classifier(small_copy(source), 3, False).timm_state(), tmp_path / "b.pt")
-    for file in ("a.safetensors", "b.pt"):
-        target = small()
-        ma.load_encoder(target, tmp_path / file)
-        assert alike(source.state_dict(), target.state_dict(), 0), file
+def test_safetensors_load(tmp_path):
+    source, target = shaken(small_vit()), small_vit()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "file.safetensors")
+    assert ma.load_encoder(target, tmp_path / "file.safetensors") == []
+    assert alike(source.state_dict(), target.state_dict())
 
 
-def test_a_message_names_what_differs_also_without_positions(tmp_path):
-    state = small().state_dict()
-    state["blocks.1.odd"] = state.pop("blocks.1.norm1.bias")
-    del state["pos_embed"]
-    torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(ma.UsageError) as error:
-        ma.load_encoder(small(), tmp_path / "odd.pt")
-    for name in ("blocks.1.odd", "blocks.1.norm1.bias", "pos_embed", "odd.pt"):
-        assert name in str(error.value)
+def test_numpys_old_name_is_read(tmp_path):
+    torch.save({"a": numpy.float32(0.5), "b": numpy.int64(7)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, \
+            zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core", b"numpy.core"))
+    for name in ("new.pt", "old.pt"):
+        assert ma.read_weights(tmp_path / name) == {"a": 0.5, "b": 7}
 
 
 def test_positions_are_resampled_to_rectangles(tmp_path):
-    torch.save(small(image_size=16).state_dict(), tmp_path / "file.pt")
-    target = small(image_size=(12, 20))
+    torch.save(small_vit(image_size=16).state_dict(), tmp_path / "file.pt")
+    target = small_vit(image_size=(12, 20))
     ma.load_encoder(target, tmp_path / "file.pt")
     old = ma.sincos_2d(8, 4)[1:].T.view(1, 8, 4, 4)
     new = torch.nn.functional.interpolate(old, (3, 5), mode="bicubic", align_corners=False)
     assert torch.allclose(target.pos_embed[0, 1:].T.view(1, 8, 3, 5), new, atol=1e-6)
+
+
+def test_a_rectangle_loads_its_own_positions(tmp_path):
+    source, target = shaken(small_vit(image_size=(4, 64))), small_vit(image_size=(4, 64))  # 16 = 4²
+    torch.save(source.state_dict(), tmp_path / "file.pt")
+    ma.load_encoder(target, tmp_path / "file.pt")
+    assert torch.equal(source.pos_embed, target.pos_embed)
+
+
+def without(key, state):
+    return {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: small_vit(depth=2).state_dict(), r'Missing key.*"blocks.2.norm1.weight"'),
+    (lambda s: small_vit(depth=4).state_dict(), r'Unexpected key.*"blocks.3.norm1.weight"'),
+    (lambda s: small_vit(dim=12).state_dict(), r"size mismatch for cls_token.*\[1, 1, 12\].*\[1, 1, 8"),
+    (lambda s: small_vit(patch_size=6).state_dict(), "size mismatch for patch_embed.proj.weight"),
+    (lambda s: without("pos_embed", s), 'Missing key.*"pos_embed"'),
+    (lambda s: {**s, "pos_embed": s["pos_embed"][:, 1:]}, r"size mismatch for pos_embed.*8\]"),
+    (lambda s: {f"teacher.{key}": value for key, value in s.items()}, '"teacher.cls_token"'),
+    (lambda s: {}, 'Missing key.*"cls_token"'),
+])
+def test_weights_of_another_architecture_are_named(tmp_path, change, says):
+    torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
+    with pytest.raises(ma.UsageError, match=says) as error:
+        ma.load_encoder(small_vit(), tmp_path / "file.pt")
+    text = str(error.value)
+    assert "file.pt does not fit the encoder" in text and "\n" not in text and len(text) < 2000
 
 
 class Planted:
@@ -435,38 +412,267 @@ class Planted:
         return (Path("evil-was-here").touch, ())
 
 
-def test_wrong_files_are_errors_and_code_is_not_run(tmp_path, monkeypatch):
+def test_files_that_are_no_weights_are_errors_and_code_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(small(depth=2).state_dict(), "shallow.pt")
     torch.save({"student": Planted()}, "evil.pt")
+    torch.save({"student": Planted()}, "evil-old.pt", _use_new_zipfile_serialization=False)
     Path("text.pt").write_text("no weights")
-    for file, says in (("shallow.pt", "blocks.2.norm1.weight"), ("evil.pt", "not read"),
-                       ("text.pt", "not read"), ("missing.pt", "missing.pt")):
-        with pytest.raises(ValueError, match=says):
-            ma.load_encoder(small(), file)
+    Path("empty.pt").write_text("")
+    torch.save([torch.zeros(3)], "list.pt")
+    Path("text.safetensors").write_text("no weights")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), "script.pt")
+    for file, says in (("evil.pt", "getattr|PosixPath|Unsupported"), ("evil-old.pt", "Unsupported"),
+                       ("text.pt", "."), ("empty.pt", "."), ("list.pt", "."),
+                       ("text.safetensors", "."), ("script.pt", "TorchScript.*state_dict"),
+                       ("missing.pt", "No such file"), ("missing.safetensors", "No such file")):
+        with pytest.raises(ma.UsageError, match=f"^{file} was not read: .*({says})") as error:
+            ma.read_weights(file)
+        assert "\x1b" not in str(error.value) and error.value.__cause__ is not None
     assert not Path("evil-was-here").exists()
 
 
-@pytest.mark.parametrize("patch, student_depth", [(16, 4), (14, 5)])
-def test_clip_teacher_from_a_file_in_open_clips_format(tmp_path, patch, student_depth):
-    import open_clip
-    name = f"ViT-test-{patch}"
-    (tmp_path / f"{name}.json").write_text(json.dumps(dict(
-        embed_dim=16, quick_gelu=True,
-        vision_cfg=dict(image_size=224, layers=3, width=128, patch_size=patch),
-        text_cfg=dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1))))
-    open_clip.add_model_config(tmp_path / f"{name}.json")
-    network = open_clip.create_model(name)
-    torch.save(network.state_dict(), tmp_path / "clip.pt")
-    teacher = ma.load_teacher(name, str(tmp_path / "clip.pt"), levels=2, grid=(14, 14))
-    assert teacher.grid == (14, 14) and teacher.image_size == (14 * patch, 14 * patch)
-    assert torch.equal(teacher.network.conv1.weight, network.visual.conv1.weight)
-    student = ma.vit("vit_tiny_patch16_224", depth=student_depth)
-    model, images = ma.MaskAlign(student, teacher), torch.rand(2, 3, 224, 224)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
+def test_damage_that_torch_would_not_see_is_found(tmp_path):
+    file = tmp_path / "file.pt"
+    torch.save({"x": torch.zeros(5000)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(bytes(4000)) + 2000] = 1
+    file.write_bytes(content)
+    with pytest.raises(ma.UsageError, match="damaged in file/data/0"):
+        ma.read_weights(file)
+
+
+# --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
+
+def explicit_attention(attention, call, monkeypatch):
+    """The whole softmax map [B,H,1+N,1+N] that a module of timm makes without the fused kernel."""
+    maps, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(attention, "fused_attn", False)
+    monkeypatch.setattr(torch.Tensor, "softmax",
+                        lambda self, dim: maps.append(softmax(self, dim)) or maps[-1])
+    call()
+    monkeypatch.undo()
+    return maps[-1]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_vit_of_timm_teaches(kind, monkeypatch):
+    network, images = family(kind), torch.rand(2, 3, 42, 70)
+    teacher = ma.Teacher(network, levels=2)
+    levels, attention = teacher(images)
+    assert (teacher.dim, teacher.depth, teacher.grid, teacher.image_size) == (
+        24, 3, (3, 5), (42, 70))
+    x = v2.functional.normalize(images, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    with torch.no_grad():
+        outputs = network.forward_intermediates(
+            x, 2, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+        asks = network.blocks[-1].attn if network.cls_token is not None else network.attn_pool
+        full = explicit_attention(asks, lambda: network(x), monkeypatch)
+    assert torch.allclose(attention, full[:, :, 0, -15:].mean(dim=1), atol=1e-6)
+    for level, output in zip(levels, outputs, strict=True):
+        patches, others = output if isinstance(output, tuple) else (output, None)
+        first = patches.mean(1, True) if network.cls_token is None else others[:, :1]
+        assert torch.allclose(level, torch.cat([first, patches], dim=1), atol=1e-5)
+    names = [id(tensor) for tensor in teacher.state_dict(keep_vars=True).values()]
+    assert len(names) == len(set(names))
+    model = ma.MaskAlign(small_vit(image_size=(12, 20)), teacher, mask_ratio=0.5)
+    model(torch.rand(2, 3, 12, 20), levels, attention).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip"])
+def test_the_attention_of_cls_is_the_naive_softmax(teachers, kind):
+    teacher, seen = teachers[kind], []
+    attn = ma.salient_attention(teacher.network)
+    attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    _, attention = teacher(torch.rand(2, 3, *teacher.image_size))
+    weight, bias = (attn.qkv.weight, attn.qkv.bias) if kind == "ours" else (
+        attn.in_proj_weight, attn.in_proj_bias)
+    q, k, _ = (seen[0] @ weight.T + bias).chunk(3, dim=-1)
+    heads = [(q[..., i] @ k[..., i].transpose(1, 2) / len(i) ** 0.5).softmax(-1)[:, 0, 1:]
+             for i in torch.arange(teacher.dim).chunk(attn.num_heads)]
+    assert torch.allclose(attention, torch.stack(heads).mean(0), atol=1e-6)
+    assert attention.dtype == torch.float32
+
+
+def test_levels_are_the_last_blocks_raw_outputs(teachers):
+    ours, images = teachers["ours"], torch.rand(2, 3, 12, 20)
+    assert all(map(torch.equal, ours(images)[0], ours.network(images)[-2:]))
+    tower, images = teachers["clip"], torch.rand(2, 3, 192, 192)
+    x = v2.functional.normalize(images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    outputs = tower.network.forward_intermediates(
+        x, 2, output_fmt="NLC", output_extra_tokens=True)
+    for level, patches, first in zip(tower(images)[0], outputs["image_intermediates"],
+                                     outputs["image_intermediates_prefix"], strict=True):
+        assert torch.allclose(level, torch.cat([first, patches], dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_images_are_resized_as_bicubic_does(teachers, kind):
+    teacher, images = teachers[kind], torch.rand(2, 3, 40, 30)
+    resized = torch.nn.functional.interpolate(images, teacher.image_size, mode="bicubic")
+    for x, y in zip(teacher(images)[0], teacher(resized)[0], strict=True):
+        assert torch.allclose(x, y, atol=1e-4)
+    images = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8)
+    assert torch.allclose(teacher(images)[1], teacher(images / 255)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_a_teacher_is_frozen_for_good(teachers, kind):
+    teacher = teachers[kind]
+    images = torch.rand(2, 3, *teacher.image_size)
+    before = copy.deepcopy(teacher.state_dict())
+    random_state = torch.get_rng_state()
+    levels, attention = teacher.train()(images)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not attention.requires_grad and not levels[0].requires_grad
+    assert torch.equal(random_state, torch.get_rng_state())
+    side = 4 * torch.tensor(teacher.grid)
+    model = ma.MaskAlign(small_vit(image_size=tuple(side.tolist())), teacher, mask_ratio=0.5)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.rand(2, 3, *side), levels, attention).backward()
+    optimiser.step()
+    assert alike(before, teacher.state_dict())
+    assert not any(key.startswith("teacher") for key in model.state_dict())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_a_failed_call_and_many_calls_leave_nothing(teachers, kind, monkeypatch):
+    teacher = teachers[kind]
+    images = torch.rand(2, 3, *teacher.image_size)
+    first = teacher(images)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
+    inner = teacher.network.norm if kind != "clip" else teacher.network.ln_post
+    handle = inner.register_forward_pre_hook(lambda *args: 1 / 0)
+    if kind != "ours":  # which does not use its norm
+        with pytest.raises(ZeroDivisionError):
+            teacher(images * 0)
+    handle.remove()
+    for _ in range(2):
+        levels, attention = teacher(images)
+        assert len(levels) == 2 and torch.equal(attention, first[1])
+        assert all(map(torch.equal, levels, first[0]))
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
+    assert not [value for value in vars(teacher).values() if isinstance(value, (list, dict))
+                and any(torch.is_tensor(x) for x in list(value))]
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_a_copy_of_a_teacher_is_independent(teachers, kind):
+    teacher = teachers[kind]
+    images = torch.rand(2, 3, *teacher.image_size)
+    expected, twin = teacher(images), copy.deepcopy(teacher)
+    shaken(teacher.network)
+    levels, attention = twin(images)
+    assert torch.equal(attention, expected[1]) and all(map(torch.equal, levels, expected[0]))
+    assert not torch.equal(teacher(images)[1], attention)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_a_teacher_is_one_graph_compiled_once(teachers, kind):
+    teacher = teachers[kind]
+    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(teacher, backend=counter, fullgraph=True)
     for _ in range(3):
-        loss = model(images, *teacher(images), mask_noise=torch.full((2, 196), 0.5))
+        levels, attention = compiled(images)
+    assert counter.frame_count == 1
+    expected = teacher(images)
+    assert torch.allclose(attention, expected[1], atol=1e-6)
+    for x, y in zip(levels, expected[0], strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
+def test_bf16_weights_give_levels_in_bf16_and_attention_in_fp32(kind, clip_name):
+    torch.manual_seed(0)
+    network = dict(ours=lambda: small_vit(dim=64, heads=4), clip=lambda: clip(clip_name).visual,
+                   timm=lambda: timm.create_model(
+                       "vit_small_patch16_dinov3", num_classes=0, depth=3, embed_dim=64,
+                       num_heads=2, img_size=48))[kind]()
+    teacher = ma.Teacher(network, 2)
+    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
+    exact, exact_attention = teacher(images)
+    levels, attention = teacher.to(torch.bfloat16)(images)
+    assert attention.dtype == torch.float32
+    assert torch.allclose(attention, exact_attention, atol=4e-3)
+    for a, b in zip(exact, levels, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert (ma.whiten(a) - ma.whiten(b)).abs().mean() < 0.05
+
+
+def test_no_map_of_all_pairs_is_made(teachers, monkeypatch):
+    """The largest tensor that a softmax sees has a row for each head."""
+    for teacher in teachers.values():
+        sizes, softmax = [], torch.Tensor.softmax
+        monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: (
+            sizes.append(self.numel()), softmax(self, *a, **k))[1])
+        teacher(torch.rand(1, 3, *teacher.image_size))
+        monkeypatch.undo()
+        assert max(sizes) <= 2 * (5 + teacher.grid[0] * teacher.grid[1])
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_levels_beyond_the_depth_are_refused(levels):
+    with pytest.raises(ma.UsageError, match=f"depth 3: {levels}"):
+        ma.Teacher(small_vit(), levels)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("resnet18", "a ResNet cannot teach"),
+    ("swin_tiny_patch4_window7_224", "a SwinTransformer cannot teach"),
+    ("beit_base_patch16_224", "a Beit cannot teach"),
+    ("vit_small_r26_s32_224", "no plain ViT"),
+    ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
+    ("vit_base_patch16_xp_224", r"no plain softmax"),
+    ("vit_huge_patch14_gap_224", "no .CLS. and no pooling query"),
+    ("vit_base_patch16_siglip_gap_224", "no .CLS. and no pooling query"),
+    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
+])
+def test_what_cannot_teach_says_why(name, says):
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0)
+    with pytest.raises(ma.UsageError, match=says):
+        ma.Teacher(network)
+
+
+# --- 3.1 Model structure: teachers by name ------------------------------------------------------
+
+def test_random_weights_are_said():
+    with pytest.warns(UserWarning, match="teacher vit_digits_patch4_32 has random weights"):
+        teacher = ma.load_teacher("vit_digits_patch4_32", levels=3)
+    assert teacher.levels == 3 and teacher.depth == 4 and teacher.grid == (8, 8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_our_vit_teaches_from_a_file_at_any_grid(tmp_path):
+    source = ma.vit("vit_digits_patch4_32")
+    torch.save(source.state_dict(), tmp_path / "file.pt")
+    teacher = ma.load_teacher("vit_digits_patch4_32", tmp_path / "file.pt", 2, (6, 9))
+    assert teacher.grid == (6, 9) and teacher.image_size == (24, 36)
+    assert torch.equal(teacher.network.cls_token, source.cls_token)
+    teacher = ma.load_teacher("vit_digits_patch4_32", tmp_path / "file.pt", 2)
+    assert teacher.grid == (8, 8) and alike(teacher.network.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("patch", [16, 14])
+def test_clip_teaches_from_a_file_at_the_students_grid(tmp_path, clip_name, patch):
+    name = f"ViT-test-{patch}"
+    whole = clip(name)
+    torch.save({"state_dict": whole.state_dict(), "epoch": 1}, tmp_path / "clip.pt")
+    own = ma.load_teacher(name, str(tmp_path / "clip.pt"), levels=2)
+    assert own.grid == (12, 12) and own.image_size == (12 * patch, 12 * patch)
+    assert alike(own.network.state_dict(), whole.visual.state_dict())
+    teacher = ma.load_teacher(name, tmp_path / "clip.pt", levels=2, grid=(6, 10))
+    assert teacher.grid == (6, 10) and teacher.image_size == (6 * patch, 10 * patch)
+    assert torch.equal(teacher.network.conv1.weight, whole.visual.conv1.weight)
+    model = ma.MaskAlign(small_vit(image_size=(24, 40)), teacher)
+    images = torch.rand(2, 3, 24, 40)
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        loss = model(images, *teacher(images), mask_noise=torch.full((2, 60), 0.5))
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -474,7 +680,110 @@ def test_clip_teacher_from_a_file_in_open_clips_format(tmp_path, patch, student_
     assert losses[-1] < losses[0]
 
 
-# --- 3.2 masking --------------------------------------------------------------------------------
+def test_a_timm_vit_teaches_from_a_file_at_the_students_grid(tmp_path):
+    name = "vit_small_patch14_dinov2.lvd142m"
+    with torch.device("meta"):
+        shapes = timm.create_model(name, num_classes=0).state_dict()
+    state = {key: torch.randn(value.shape) * 0.02 for key, value in shapes.items()}
+    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "args":
+                argparse.Namespace(lr=1)}, tmp_path / "dino.pt")
+    teacher = ma.load_teacher(name, tmp_path / "dino.pt", levels=2, grid=(4, 6))
+    assert teacher.image_size == (56, 84) and teacher.grid == (4, 6) and teacher.depth == 12
+    assert torch.equal(teacher.network.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+    levels, attention = teacher(torch.rand(1, 3, 56, 84))
+    assert levels[0].shape == (1, 25, 384) and attention.shape == (1, 24)
+    torch.save(without("blocks.3.ls1.gamma", state), tmp_path / "dino.pt")
+    with pytest.raises(ma.UsageError, match='does not fit.*Missing.*"blocks.3.ls1.gamma"'):
+        ma.load_teacher(name, tmp_path / "dino.pt")
+
+
+def test_a_pooling_query_needs_the_norm_before_it(tmp_path):
+    network = family("SigLIP")
+    torch.save(without("norm.bias", network.state_dict()), tmp_path / "file.pt")
+    with pytest.raises(ma.UsageError, match='Missing.*"norm.bias"'):
+        ma.load_encoder(family("SigLIP"), tmp_path / "file.pt")
+    torch.save(network.state_dict(), tmp_path / "file.pt")
+    target = family("SigLIP")
+    ma.load_encoder(target, tmp_path / "file.pt")
+    assert alike(target.state_dict(), network.state_dict())
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("name, weights, says", [
+    ("vit_smal_patch14_dinov2", None, "no teacher is called.*near it.*vit_small_patch14_dinov2"),
+    ("vit_small_patch14_dinov2.lvd142", None, "near it are.*vit_small_patch14_dinov2.lvd142m"),
+    ("ViT-B-16-quickgellu", None, "near it are.*ViT-B-16-quickgelu"),
+    ("ViT-B/16", None, "near it are.*ViT-B-16"),
+    ("????", None, "near it are none"),
+    ("vit_digits_patch4_33", None, "near it are.*vit_digits_patch4_32"),
+    ("resnet18", None, "a ResNet cannot teach"),
+    ("RN50", None, "RN50 cannot teach"),
+    ("ViT-B-16-SigLIP", None, "ViT-B-16-SigLIP cannot teach"),
+    ("ViT-B-16", "openai", "'openai' and ViT-B-16 differ in QuickGELU"),
+    ("ViT-B-16", "missing.pt", "missing.pt was not read: .*No such file"),
+    ("vit_base_patch16_224", "missing.pt", "missing.pt was not read: .*No such file"),
+    ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
+    ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
+    ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
+    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download"),
+])
+@pytest.mark.filterwarnings("ignore:teacher .* has random weights")
+def test_a_teacher_that_cannot_be_had_is_one_line(offline, capsys, caplog, name, weights, says):
+    with pytest.raises(ma.UsageError, match=says) as error:
+        ma.load_teacher(name, weights, grid=(4, 6))
+    assert "\n" not in str(error.value).strip()
+    assert not caplog.records and "ERROR" not in capsys.readouterr().err
+    assert not logging.root.manager.disable
+
+
+@pytest.mark.parametrize("name, right", [
+    ("vit_base_patch16_clip_224.openai", False),
+    ("vit_base_patch16_clip_224.laion2b", True),
+    ("vit_base_patch16_clip_quickgelu_224.openai", True)])
+def test_timms_clip_is_asked_for_by_the_name_with_its_activation(tmp_path, monkeypatch, name, right):
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: real(
+        name, depth=1, embed_dim=24, num_heads=2, **options))
+    if right:
+        assert ma.load_teacher(name, "pretrained", 1, (2, 3)).grid == (2, 3)
+    else:
+        with pytest.raises(ma.UsageError, match="QuickGELU.*clip_quickgelu"):
+            ma.load_teacher(name, "pretrained", 1)
+    assert ma.load_teacher(name, None, 1).depth == 1
+
+
+def test_a_folder_in_timms_form_teaches(tmp_path):
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    timm.models.save_for_hf(network, tmp_path / "folder", model_args=dict(depth=2),
+                            safe_serialization=True)
+    teacher = ma.load_teacher(f"local-dir:{tmp_path / 'folder'}", "pretrained", 1, (3, 4))
+    assert teacher.image_size == (48, 64) and teacher.depth == 2
+    assert torch.equal(teacher.network.cls_token, network.cls_token)
+
+
+def test_a_published_vit_is_timms_also_where_ours_has_its_name(monkeypatch):
+    asked = []
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: (
+        asked.append((name, pretrained)), real(name, depth=1, **options))[1])
+    teacher = ma.load_teacher("vit_tiny_patch16_224", "pretrained", 1)
+    assert asked == [("vit_tiny_patch16_224", True)] and teacher.mean_std == ((0.5,) * 3,) * 2
+
+
+def test_open_clips_published_weights_are_openais(monkeypatch):
+    asked, real = [], open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained, **options: (
+        asked.append((name, pretrained)), real("ViT-M-16", **options))[1])
+    ma.load_teacher("ViT-B-16-quickgelu", "pretrained", 2)
+    assert asked == [("ViT-B-16-quickgelu", "openai")]
+
+
+# --- 3.2 Masking strategy -----------------------------------------------------------------------
 
 @given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99))
 def test_keep_is_distinct_in_range_and_exact(batch, patches, percent):
@@ -487,11 +796,15 @@ def test_keep_is_distinct_in_range_and_exact(batch, patches, percent):
         assert all(len(set(row)) == count for row in keep.tolist())
 
 
-def test_keep_counts_of_the_paper_and_bad_ratios():
-    assert ma.visible(196, 0.7) == 58 and ma.visible(10, 0.9) == 1
-    for patches, ratio in ((10, 0.95), (10, 1.0), (10, -0.1), (10, 1.5)):
-        with pytest.raises(ValueError, match="mask ratio"):
-            ma.visible(patches, ratio)
+def test_keep_counts_of_the_paper():
+    assert ma.visible(196, 0.7) == 58 and ma.visible(10, 0.9) == 1 and ma.visible(7, 0) == 7
+
+
+@pytest.mark.parametrize("patches, ratio", [(10, 0.95), (10, 1.0), (10, -0.1), (10, 1.5),
+                                            (10, math.nan)])
+def test_ratios_that_leave_nothing_are_refused(patches, ratio):
+    with pytest.raises(ma.UsageError, match="mask ratio"):
+        ma.visible(patches, ratio)
 
 
 @given(st.integers(0, 20))
@@ -502,6 +815,11 @@ def test_zero_attention_is_kept_only_when_positive_runs_out(positive):
     for row in ma.attentive_keep(attention, 0.5).tolist():
         assert len(set(row)) == 10
         assert sum(3 <= i < 3 + positive for i in row) == min(positive, 10)
+
+
+def test_noise_of_zero_is_no_fault():
+    keep = ma.attentive_keep(torch.full((2, 5), 0.2), 0.4, torch.zeros(2, 5))
+    assert all(len(set(row)) == 3 for row in keep.tolist())
 
 
 def test_keep_frequency_matches_sampling_without_replacement():
@@ -515,15 +833,23 @@ def test_keep_frequency_matches_sampling_without_replacement():
     assert (found[:-1] > found[1:]).all()
 
 
-# --- 3.3 alignment ------------------------------------------------------------------------------
+# --- 3.3 Dynamic alignment ----------------------------------------------------------------------
 
 @given(st.floats(0.5, 4), st.floats(-3, 3))
-def test_whiten(scale, shift):
+def test_whitened_features_have_mean_0_and_variance_1_at_any_scale(scale, shift):
     y = torch.randn(3, 5, 64, dtype=torch.float64) * 3
     white = ma.whiten(y)
     assert torch.allclose(white.mean(-1), torch.zeros(3, 5).double(), atol=1e-6)
     assert torch.allclose(white.var(-1, unbiased=False), torch.ones(3, 5).double(), atol=1e-4)
     assert torch.allclose(ma.whiten(scale * y + shift), white, atol=1e-4)
+
+
+def test_whitening_and_loss_are_in_fp32_or_finer():
+    for dtype, finer in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        y = torch.randn(3, 5).to(dtype)
+        assert ma.whiten(y).dtype == ma.align_loss(y, y.to(finer)).dtype == finer
+    y = torch.tensor([0.0, 1e-3])  # epsilon is 1e-5
+    assert ma.whiten(y)[1].item() == pytest.approx(5e-4 / (2.5e-7 + 1e-5) ** 0.5, rel=1e-4)
 
 
 @given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
@@ -536,13 +862,20 @@ def test_dynamic_alignment_equals_loops(student_depth, teacher_depth, levels):
                                                for s in range(student_depth)))
                          for k in range(levels)])
     assert torch.allclose(out, loops)
-    weight = torch.randn_like(out)
+    weight = torch.randn(out.shape, dtype=torch.float64)
     grads = [torch.autograd.grad((x * weight).sum(), align.parameters()) for x in (out, loops)]
     assert all(torch.allclose(a, b) for a, b in zip(*grads))
-    ones = (align.matrix - 0.01).round()
-    assert (ones.sum(1) == 1).all() and ones[-1, -1] == 1
-    if student_depth == teacher_depth:
-        assert torch.equal(ones, torch.eye(teacher_depth).double()[-levels:])
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
+def test_the_matrix_starts_at_one_1_a_row_and_at_identity_for_equal_depths(student, teacher, levels):
+    assume(levels <= teacher)
+    matrix = ma.DynamicAlignment(student, 4, teacher, 4, levels).matrix.detach()
+    ones = (matrix - 0.01).round()
+    assert torch.allclose(matrix, ones + 0.01)
+    assert matrix.shape == (levels, student) and (ones.sum(1) == 1).all() and ones[-1, -1] == 1
+    if student == teacher:
+        assert torch.equal(ones, torch.eye(teacher)[-levels:])
 
 
 def test_alignment_of_unequal_depths():
@@ -550,6 +883,22 @@ def test_alignment_of_unequal_depths():
         15, 17, 19, 21, 23]
     assert (ma.DynamicAlignment(12, 4, 24, 4, 5).matrix > 1).nonzero()[:, 1].tolist() == [
         9, 10, 10, 11, 11]
+
+
+def test_adaptors_start_as_xaviers():
+    for adaptor in ma.DynamicAlignment(3, 40, 3, 60, 2).adaptors:
+        assert adaptor.weight.std().item() == pytest.approx((2 / 100) ** 0.5, rel=0.05)
+        assert not adaptor.bias.any()
+
+
+def test_the_mixture_is_not_rounded_by_autocast():
+    align = ma.DynamicAlignment(2, 3, 2, 5, 1)
+    torch.nn.init.zeros_(align.adaptors[0].weight)
+    align.adaptors[0].weight.data[0, 0] = 1
+    features = [torch.zeros(1, 1, 3), torch.full((1, 1, 3), 100.0)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = align(features)[0][0, 0, 0].item()
+    assert out == pytest.approx(101, abs=0.26)  # 100.5 with a matrix in bf16
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=9))
@@ -566,21 +915,31 @@ def test_align_loss_gradcheck():
     assert torch.autograd.gradcheck(lambda p: ma.align_loss(p, torch.zeros(3, 4).double()), pred)
 
 
-def test_the_kind_of_mask_is_what_was_asked_for():
-    teacher, images, noise = teacher_of(small(dim=12)), torch.rand(2, 3, 12, 12), torch.rand(2, 9)
+@pytest.mark.parametrize("mask", ["attentive", "random"])
+def test_the_kind_of_mask_is_what_was_asked_for(mask):
+    teacher, images = ma.Teacher(small_vit(dim=12), 2), torch.rand(2, 3, 12, 12)
     levels, _ = teacher(images)
+    mask_noise, path_noise = torch.rand(2, 9), torch.rand(2, 6)
     attention = torch.zeros(2, 9)
     attention[:, [1, 3, 5, 8]] = 0.25
-    for mask, score in (("attentive", noise ** (1 / attention)), ("random", noise)):
-        model, seen = ma.MaskAlign(small(), teacher, mask, 0.5), []
-        model.student.register_forward_pre_hook(lambda module, args: seen.append(args))
-        model(images, levels, attention, mask_noise=noise)
-        assert seen[0][1].tolist() == score.topk(4, dim=1).indices.tolist()
+    model = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask, 0.5).train()
+    keep = (mask_noise * attention if mask == "attentive" else mask_noise).topk(4, dim=1).indices
+    loss = model(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
+    assert torch.equal(loss, model(images, levels, attention, keep, path_noise=path_noise))
+
+
+def test_another_mask_or_grid_or_ratio_is_refused():
+    teacher = ma.Teacher(small_vit(), 2)
+    for options, says in ((dict(mask="attention"), "attentive or random, not 'attention'"),
+                          (dict(mask_ratio=0.95), "no visible patch of 9"),
+                          (dict(student=small_vit(image_size=(12, 20))), r"\(3, 5\).*\(3, 3\)")):
+        with pytest.raises(ma.UsageError, match=says):
+            ma.MaskAlign(**dict(student=small_vit(), teacher=teacher) | options)
 
 
 def test_the_loss_is_the_papers_formula():
     torch.manual_seed(0)
-    model = ma.MaskAlign(small(), teacher := teacher_of(small(dim=12)), mask_ratio=0.5)
+    model = ma.MaskAlign(small_vit(), teacher := ma.Teacher(small_vit(dim=12), 2), mask_ratio=0.5)
     images, keep = torch.rand(2, 3, 12, 12), torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]])
     levels, attention = teacher(images)
     levels = [3 * level + 1 for level in levels]
@@ -592,45 +951,56 @@ def test_the_loss_is_the_papers_formula():
         d = (p - y).abs()
         expected += torch.where(d <= 1, d * d / 2, d - 0.5).mean() / 2
     assert torch.allclose(model(images, levels, attention, keep), expected, atol=1e-6)
+    order = torch.tensor([2, 0, 3, 1])  # of the visible patches does not matter
+    assert torch.allclose(model(images, levels, attention, keep[:, order]), expected, atol=1e-6)
 
 
-import collections
-import contextlib
-import inspect
-import json
-import math
-import os
-import re
-import resource
-import shutil
-import signal
-import socket
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import warnings
-import zlib
-from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
-from types import SimpleNamespace
+def test_students_and_teachers_of_any_depth_and_width_align():
+    teacher = ma.Teacher(small_vit(dim=20, depth=5), 4)
+    model = ma.MaskAlign(small_vit(depth=2), teacher, mask_ratio=0.5)
+    assert model.align.matrix.shape == (4, 2)
+    images = torch.rand(2, 3, 12, 12)
+    model(images, *teacher(images)).backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.any() for p in trainable.values())
+    assert {"student.cls_token", "align.matrix"} <= set(trainable)
 
-import PIL.JpegImagePlugin
-import pytest
-import timm
-import torch
-from PIL import Image
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                    register_optimizer_step_pre_hook)
-from torch.overrides import TorchFunctionMode
-from torchvision.transforms import v2
 
-import maskalign as ma
-import train
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_has_the_loss_and_gradients_of_fp32(seed):
+    torch.manual_seed(seed)
+    teacher = ma.Teacher(ma.vit("vit_digits_patch4_32"), 3)
+    model = ma.MaskAlign(ma.vit("vit_digits_patch4_32", drop_path=0.1), teacher)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    noise = torch.rand(64, 8)
+    levels, attention = teacher(images)
+    keep = ma.attentive_keep(attention, 0.7)  # in bf16 now and then another
+    results = []
+    for enabled in (False, True):
+        seen = teacher.to(torch.bfloat16)(images) if enabled else (levels, attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(images, *seen, keep, path_noise=noise)
+        results.append((loss, torch.autograd.grad(loss, [
+            p for p in model.parameters() if p.requires_grad])))
+    (exact, exact_gradients), (loss, gradients) = results
+    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 1e-3
+    for a, b in zip(exact_gradients, gradients, strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.05 * a.norm()
 
-HERE = Path(__file__).parent
-torch.set_num_threads(1)  # two runs at once are faster than one with two threads
+
+def test_a_step_is_one_graph_compiled_once():
+    teacher = ma.Teacher(small_vit(dim=12), 2)
+    model, images = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask_ratio=0.5), torch.rand(2, 3, 12, 12)
+    levels, attention = teacher(images)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    noise = dict(mask_noise=torch.rand(2, 9), path_noise=torch.rand(2, 6))
+    for _ in range(3):
+        loss = compiled(images, levels, attention, **noise)
+    assert counter.frame_count == 1
+    assert torch.allclose(loss, model(images, levels, attention, **noise), atol=1e-6)
+
 
 # --- Processes: real ones, but forked from a server that has imported what takes seconds ---------
 
@@ -952,8 +1322,6 @@ def reach(child, out, step, seconds=120):
         running = child.code is None if isinstance(child, Child) else child.poll() is None
         assert running and time.monotonic() < until
         time.sleep(0.02)
-
-
 
 
 def torchrun(*argv, script=HERE / "train.py", options=()):
@@ -2419,21 +2787,6 @@ def test_demo_trains_teacher_and_student_with_its_flags(background):
 
 # --- The tutorial --------------------------------------------------------------------------------
 
-import hashlib
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import nbformat
-import numpy
-import pytest
-from PIL import Image, ImageDraw
-
-HERE = Path(__file__).parent
 RUN_NOTEBOOK = """
 import sys, nbclient, nbformat
 book = nbformat.read(sys.argv[1], 4)
@@ -2643,7 +2996,7 @@ def test_size_and_density():
     for name in ("maskalign.py", "train.py"):
         text = (HERE / name).read_text()
         tree, lines, code = ast.parse(text), text.splitlines(), code_lines(text)
-        assert len(list(ast.walk(tree))) / len(code) < 13.15, name
+        assert len(list(ast.walk(tree))) / len(code) <= 13, name
         assert max(map(len, lines)) <= 100
         assert sum(len(lines[line - 1]) > 90 for line in code) <= len(code) / 10
         assert all(node.end_lineno - node.lineno < 60 for node in ast.walk(tree)
