@@ -314,10 +314,10 @@ def loader(source, batches, args):
     # a fork could hang where threads are; a fork server starts a worker from these imports at once
     start = "forkserver" if sys.platform == "linux" else "spawn"
     multiprocessing.set_forkserver_preload(["timm", "torchvision"])
-    return iter(DataLoader(
+    yield from DataLoader(
         source, batch_size=None, sampler=batches, num_workers=args.workers,
         pin_memory=args.device.startswith("cuda"),
-        multiprocessing_context=start if args.workers else None))
+        multiprocessing_context=start if args.workers else None)
 
 
 # --- Schedule: what belongs to a step -----------------------------------------------------------
