@@ -458,8 +458,8 @@ def load_teacher(name, weights=None, levels=5, grid=None):
 
 def visible(patches, ratio):
     """V = ⌊N(1−r)⌋ in exact arithmetic. Raises unless 0 <= r < 1 and V >= 1."""
-    exact = Fraction(str(ratio)) if 0 <= ratio < 1 else 1  # 0.7, not the float beside it
-    count = int(patches * (1 - exact))
+    share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)  # of 0.7, not the float beside it
+    count = patches * share.numerator // share.denominator
     if count < 1:
         raise UsageError(f"mask ratio {ratio} leaves no visible patch of {patches}")
     return count

@@ -996,10 +996,11 @@ def test_a_step_is_one_graph_compiled_once():
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     noise = dict(mask_noise=torch.rand(2, 9), path_noise=torch.rand(2, 6))
+    expected = model(images, levels, attention, **noise)
     for _ in range(3):
         loss = compiled(images, levels, attention, **noise)
     assert counter.frame_count == 1
-    assert torch.allclose(loss, model(images, levels, attention, **noise), atol=1e-6)
+    assert torch.allclose(loss, expected, atol=1e-6)
 
 
 # --- Processes: real ones, but forked from a server that has imported what takes seconds ---------
