@@ -1003,14 +1003,46 @@ def test_a_step_is_one_graph_compiled_once():
     assert torch.allclose(loss, expected, atol=1e-6)
 
 
-# --- Processes: real ones, but forked from a server that has imported what takes seconds ---------
+# --- Processes: real ones, but forked from a server that has imported what takes seconds, unless --
+# --- that has started threads, as it does where there is a GPU: they then begin anew -------------
+
+CHILD = """
+import atexit, json, os, resource, runpy, signal, sys, traceback
+order = json.loads({line!r})
+os.setpgid(0, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for stream, name in enumerate(("/dev/null", order["folder"] + "/out", order["folder"] + "/err")):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
+os.environ.clear()
+os.environ.update(order["env"])
+os.chdir(order["cwd"])
+if encoding := order["env"].get("PYTHONIOENCODING"):
+    sys.stdout.reconfigure(encoding=encoding)
+    sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+if order["largest_file"]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, [order["largest_file"]] * 2)
+sys.path[0] = order["here"]
+sys.argv = [order["script"], *order["argv"]]
+code = 0
+try:
+    exec(order["first"], {{}})                       # hooks on torch's modules and optimisers
+    runpy.run_path(order["script"], run_name="__main__")
+except SystemExit as stop:
+    code = stop.code or 0
+except BaseException:
+    traceback.print_exc()
+    code = 1
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(code)                                       # to unload all modules would take seconds
+"""
 
 SERVER = """
-import atexit, gc, json, os, resource, runpy, select, signal, sys, traceback
+import atexit, json, os, resource, runpy, select, signal, sys, traceback
 import einops, open_clip, timm, torch, torch._dynamo, torchvision.transforms.v2, tqdm
 torch.set_num_threads(1)
-if os.path.isdir("/proc/self/task"):
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
+tasks = "/proc/self/task"
+threads = os.path.isdir(tasks) and len(os.listdir(tasks)) > 1  # CUDA's; a fork would lack them
 print("ready", flush=True)
 running = {}
 while True:
@@ -1029,34 +1061,11 @@ while True:
         with open(running.pop(ended[0]) + "/code.part", "w") as file:
             file.write(str(os.waitstatus_to_exitcode(ended[1])))
         os.replace(file.name, file.name.removesuffix(".part"))
-order = json.loads(line)
-os.setpgid(0, 0)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for stream, name in enumerate(("/dev/null", order["folder"] + "/out", order["folder"] + "/err")):
-    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
-os.environ.clear()
-os.environ.update(order["env"])
-os.chdir(order["cwd"])
-if encoding := order["env"].get("PYTHONIOENCODING"):
-    sys.stdout.reconfigure(encoding=encoding)
-    sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
-if order["largest_file"]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, [order["largest_file"]] * 2)
-sys.path[0] = order["here"]
-sys.argv = [order["script"], *order["argv"]]
-code = 0
-try:
-    exec(order["first"], {})                         # hooks on torch's modules and optimisers
-    runpy.run_path(order["script"], run_name="__main__")
-except SystemExit as stop:
-    code = stop.code or 0
-except BaseException:
-    traceback.print_exc()
-    code = 1
-atexit._run_exitfuncs()
-sys.stdout.flush()
-os._exit(code)                                       # to unload all modules would take seconds
-"""
+child = CHILD.format(line=line)
+if threads or json.loads(line)["anew"]:
+    os.execv(sys.executable, [sys.executable, "-c", child])
+exec(child)
+""".replace("CHILD", repr(CHILD), 1)
 
 
 class Child:
@@ -1066,7 +1075,8 @@ class Child:
     @classmethod
     def call(cls, order):
         if cls.server is None:
-            single = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+            single = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
+                          CUDA_VISIBLE_DEVICES="")
             cls.server = subprocess.Popen([sys.executable, "-c", SERVER], env=single, text=True,
                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if order is None:
@@ -1077,10 +1087,11 @@ class Child:
             pass
         return int(line)
 
-    def __init__(self, *argv, first="", script=HERE / "train.py", largest_file=0, cwd=None, **env):
+    def __init__(self, *argv, first="", script=HERE / "train.py", largest_file=0, cwd=None,
+                 anew=False, **env):
         self.folder, self.done = Path(tempfile.mkdtemp(prefix="child-")), None
         self.pid = self.call(dict(
-            folder=str(self.folder), here=str(HERE), script=str(script), first=first,
+            folder=str(self.folder), here=str(HERE), script=str(script), first=first, anew=anew,
             argv=list(map(str, argv)), cwd=str(cwd or os.getcwd()), largest_file=largest_file,
             env={**os.environ, "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in env.items()}))
 
@@ -2599,7 +2610,7 @@ register_optimizer_step_post_hook(watch)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_waits_for_the_gpu_only_where_it_logs(tmp_path, painted, amp):
     run(*on_folder(painted, tmp_path), "--device", "cuda", "--amp", amp, "--epochs", 9,
-        "--micro-batch", 6, "--eval-every", 100, first=WAITS)
+        "--micro-batch", 6, "--eval-every", 100, first=WAITS, anew=True)
     assert saved(tmp_path) == 27
 
 
