@@ -5,6 +5,7 @@ function, is the paper's figure, a line for each step.
 
 Symbols   B batch   N patches   V visible patches   D student width   E teacher width
           S student depth       K aligned teacher levels, the last K of the teacher's blocks
+          P tokens before the patches: [CLS], registers, or none      H heads of width d
 Images    RGB [B,3,H,W], uint8 or float in [0,1]; each network normalises for itself.
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
 Masks     are indices `keep` [B,V] of the VISIBLE patches.
@@ -50,8 +51,8 @@ class UsageError(ValueError):
 # --- 3.1 Model structure: the student -----------------------------------------------------------
 
 def to_float(images):
-    """Images [B,3,H,W], uint8 or float -> float in [0,1]. Raises if floats are far above 1; that
-    is looked at on a CPU and in eager mode only, for on a GPU it would wait, in a trace break."""
+    """Images [B,3,H,W], uint8 or float -> float in [0,1]. Raises if floats are far above 1; checked
+    on a CPU and in eager mode only, for it would make a GPU wait and break a trace."""
     if images.dtype == torch.uint8:
         return images / 255
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -94,7 +95,7 @@ def take(tokens, keep):
 
 def add_branch(x, branch, drop_rate, noise=None):
     """x and a residual branch [B,N,D] -> their sum. With noise [B], drop path: an image's branch
-    is left out by chance p = drop_rate, and otherwise grows by 1/(1−p)."""
+    is left out with chance p = drop_rate, and multiplied by 1/(1−p) otherwise."""
     if noise is None:
         return x + branch
     # x + branch · [u >= p]/(1−p)
@@ -156,7 +157,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in self.drop_rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # unused: timm has it
+        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # never called: timm's keys
         self.apply(initialise)
 
     def forward(self, images, keep=None, path_noise=None):
@@ -246,7 +247,7 @@ def load_encoder(network, source):
         aside += [key for key in state if key != inner[0]]
         state = state[inner[0]]
     state = {PREFIXES.sub("", key): x for key, x in state.items() if torch.is_tensor(x)}
-    # a final norm serves no level; but what SigLIP's pooling query sees has passed it
+    # levels need no final norm, but SigLIP's pooling query reads its output
     spare = ASIDE if getattr(network, "attn_pool", None) else (*ASIDE, "norm.")
     own = network.state_dict()
     try:
@@ -317,7 +318,7 @@ class Teacher(nn.Module):
         self.network, self.levels, self.depth = network, levels, len(blocks)
         self.dim, self.patches = patches.out_channels, math.prod(self.grid)
         self.has_cls = attention is not getattr(network, "attn_pool", None)
-        self.outputs, self.seen = [], {}  # by hooks that are methods, which a deep copy rebinds
+        self.outputs, self.seen = [], {}  # filled by hooks: bound methods, which deepcopy rebinds
         if not 1 <= levels <= self.depth:
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         for block in blocks[-levels:]:
@@ -338,7 +339,7 @@ class Teacher(nn.Module):
         self.outputs.append(torch.cat([first, patches], dim=1))
 
     def see_input(self, attention, args):
-        """Ours and open_clip's: the input [B,1+N,E]; q, k, v are packed, the first parameters."""
+        """Ours and open_clip's: q and k from its input [B,1+N,E]; q, k, v are packed in two."""
         weight, bias, *_ = attention.parameters()
         w_q, w_k, _ = weight.chunk(3)
         b_q, b_k, _ = bias.chunk(3)
@@ -382,8 +383,8 @@ class Teacher(nn.Module):
 
 
 def in_library(create, name, **options):
-    """create(name, **options), silently: its exceptions say what it would have logged, and become a
-    UsageError that says how to do without a download."""
+    """create(name, **options), without its log: exceptions say the same, and become a UsageError
+    that says how to do without a download."""
     logging.disable(logging.ERROR)
     try:
         with torch.serialization.safe_globals(SAFE):
@@ -402,7 +403,8 @@ def clip_network(name, weights, grid):
     if name not in clips:
         names = [*VITS, *clips, *timm.list_models(), *timm.list_pretrained()]
         near = ", ".join(difflib.get_close_matches(name, names))
-        raise UsageError(f"no teacher is called {name}; near it are {near or 'none'}")
+        raise UsageError(f"no teacher is called {name}, or none is published; near it are "
+                         f"{near or 'none'}")
     config = open_clip.get_model_config(name)
     patch_size = config["vision_cfg"].get("patch_size")  # none: a ResNet, or a network of timm's
     if not patch_size:

@@ -2,6 +2,7 @@
 import argparse
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import hashlib
@@ -51,6 +52,7 @@ import train
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # two runs at once are faster than one with two threads
+logging.getLogger("torch.__trace").propagate = False  # pytest would write its graphs out
 
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("fast")
@@ -216,6 +218,7 @@ def test_initial_weights_are_xaviers():
             rows, columns = module.weight.flatten(1).shape
             deviation = (2 / (rows + columns)) ** 0.5
             assert module.weight.std().item() == pytest.approx(deviation, rel=0.05)
+            assert module.weight.abs().max() <= 3 ** 0.5 * deviation  # uniform
         if isinstance(module, torch.nn.Linear):
             assert not module.bias.any()
     assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
@@ -482,7 +485,8 @@ def test_a_vit_of_timm_teaches(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["ours", "clip"])
 def test_the_attention_of_cls_is_the_naive_softmax(teachers, kind):
     teacher, seen = teachers[kind], []
-    attn = ma.salient_attention(teacher.network)
+    network = teacher.network
+    attn = (network.blocks if kind == "ours" else network.transformer.resblocks)[-1].attn
     attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     _, attention = teacher(torch.rand(2, 3, *teacher.image_size))
     weight, bias = (attn.qkv.weight, attn.qkv.bias) if kind == "ours" else (
@@ -519,7 +523,7 @@ def test_images_are_resized_as_bicubic_does(teachers, kind):
 @pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
 def test_a_teacher_is_frozen_for_good(teachers, kind):
     teacher = teachers[kind]
-    images = torch.rand(2, 3, *teacher.image_size)
+    images = torch.rand(2, 3, *teacher.image_size, requires_grad=True)
     before = copy.deepcopy(teacher.state_dict())
     random_state = torch.get_rng_state()
     levels, attention = teacher.train()(images)
@@ -635,6 +639,13 @@ def test_what_cannot_teach_says_why(name, says):
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0)
     with pytest.raises(ma.UsageError, match=says):
+        ma.Teacher(network)
+
+
+def test_an_attention_whose_heads_share_keys_cannot_teach():
+    network = family("DINOv3")
+    network.blocks[-1].attn.num_kv_groups = 2
+    with pytest.raises(ma.UsageError, match="no plain softmax"):
         ma.Teacher(network)
 
 
@@ -820,6 +831,8 @@ def test_zero_attention_is_kept_only_when_positive_runs_out(positive):
 def test_noise_of_zero_is_no_fault():
     keep = ma.attentive_keep(torch.full((2, 5), 0.2), 0.4, torch.zeros(2, 5))
     assert all(len(set(row)) == 3 for row in keep.tolist())
+    attention = torch.tensor([[0, 0, 0, 0.5, 0.5]])
+    assert sorted(ma.attentive_keep(attention, 0.6, torch.zeros(1, 5))[0].tolist()) == [3, 4]
 
 
 def test_keep_frequency_matches_sampling_without_replacement():
@@ -1355,7 +1368,8 @@ def background(request, tmp_path_factory):
             out = tmp_path_factory.mktemp("background") / "out"
             started[test] = start(out), out
     begin("test_demo_trains_teacher_and_student_with_its_flags", lambda out: Child(
-        "--epochs", 0.01, "--micro-batch", 32, "--device", "cpu", "--out", out))
+        "--epochs", 0.01, "--micro-batch", 32, "--device", "cpu", "--image-size", "16x24",
+        "--out", out))
     begin("test_torchrun_restarts_after_a_killed_rank", lambda out: torchrun(
         *for_two(fixture("folder"), out), options=("--max-restarts", "1"), script=killed_once(out)))
     begin("test_workers_change_nothing_in_a_script_without_a_guard", lambda out: Child(
@@ -1470,6 +1484,12 @@ BAD_INPUT = [
 def test_bad_input_is_one_line(tmp_path, capsys, argv, says):
     assert says in refused(capsys, *digits(tmp_path / "out"), *argv)
     assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_only_the_digits_have_a_demo(tmp_path, painted, capsys):
+    assert "vit_digits_patch4_32" in refused(
+        capsys, *on_folder(painted, tmp_path / "out", "--teacher-weights", "pretrained"))
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "teacher").exists()
 
 
 def test_what_may_be_zero(capsys):
@@ -2132,6 +2152,14 @@ def test_knn_is_the_vote_by_loops():
     assert found == pytest.approx(100 * right / 300)
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_knn_compares_and_votes_in_fp32_at_any_precision(tmp_path, painted, amp):
+    """In fp16 e^(1 / 0.07) would be infinite."""
+    with Calls(torch.Tensor.masked_fill) as similarities:
+        main(*on_folder(painted, tmp_path, "--amp", amp, "--epochs", 1))
+    assert {arguments[0].dtype for arguments, _ in similarities.seen} == {torch.float32}
+
+
 KNN = """
 import json, math, os, torch
 import torch.distributed as dist
@@ -2182,6 +2210,7 @@ def test_a_classifier_is_timms_and_its_score_is_that_of_the_images(tmp_path, pai
         "vit_tiny_patch16_224", num_classes=2, global_pool="avg", img_size=32, patch_size=4,
         embed_dim=64, depth=4, num_heads=4).eval()
     network.load_state_dict(torch.load(tmp_path / "classifier.pt"))
+    assert run.model.fc_norm.eps == network.fc_norm.eps
     images, labels = run.val[[(0, i) for i in range(5)]]
     with torch.no_grad():
         logits = network(ma.normalise(images, *ma.IMAGENET_MEAN_STD))
@@ -2809,26 +2838,46 @@ finally:
 """
 
 
+class Notebooks:
+    """Runs of the tutorial, each in a folder that holds the two files and nothing else of ours; one
+    after the other, beside the tests that do not need them."""
+    def __init__(self):
+        self.queue, self.running, self.ended = concurrent.futures.ThreadPoolExecutor(1), None, False
+
+    def add(self, home, **constants):
+        return self.queue.submit(self.run, home, constants)
+
+    def run(self, home, constants):
+        if not self.ended:
+            self.running = start_notebook(home, **constants)
+            return self.running.wait(), home
+
+    def end(self):
+        self.ended = True
+        self.queue.shutdown(wait=False, cancel_futures=True)
+        if self.running and self.running.poll() is None:
+            self.running.terminate()
+
+
 def start_notebook(home, **constants):
-    """Begin to run the tutorial in a folder that holds the two files and nothing else of ours."""
     home.mkdir(parents=True, exist_ok=True)
     for name in ("maskalign.py", "train.py"):
         shutil.copy(HERE / name, home)
-    environment = dict(os.environ, LENGTH="0.02", OMP_NUM_THREADS="1") | constants
+    environment = dict(os.environ, LENGTH="0.02", REPEATS="1", OMP_NUM_THREADS="1") | constants
     with open(home.parent / f"{home.name}.log", "wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", RUN_NOTEBOOK, str(HERE / "tutorial.ipynb")], cwd=home,
             env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish_notebook(process, home):
-    """Wait for the run -> its cells' outputs, the printed text of all cells, and how many figures."""
-    code = process.wait(500)
+def finish_notebook(run):
+    """Wait for a run -> its folder, its cells' outputs' text, and how many figures there are."""
+    code, home = run.result(500)
     assert code == 0, (home.parent / f"{home.name}.log").read_text()[-3000:]
     cells = nbformat.read(home / "done.ipynb", 4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
-    return outputs, text, sum("image/png" in output.get("data", {}) for output in outputs)
+    return home, text, sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def shape_picture(kind, generator, side):
@@ -2876,16 +2925,31 @@ def notebook():
     return nbformat.read(HERE / "tutorial.ipynb", 4)
 
 
+def make_photographs(root):
+    """Ten folders where Imagenette would lie."""
+    generator = numpy.random.default_rng(1)
+    ids = ("n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 "
+           "n03445777 n03888257").split()
+    for split, count in (("train", 4), ("val", 3)):
+        for kind, wordnet in enumerate(ids):
+            folder = root / "imagenette2-320" / split / wordnet
+            folder.mkdir(parents=True)
+            for index in range(count):
+                shape_picture(kind % 2, generator, 96)[0].save(folder / f"{wordnet}_{index}.JPEG")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def tutorial_process(tmp_path_factory):
-    """The tutorial on digits, in short, with a handful of COCO-format images for its section 12."""
-    home = tmp_path_factory.mktemp("tutorial") / "run"
-    make_coco(home.parent / "coco")
-    process = start_notebook(home, COCO=str(home.parent / "coco"))
-    yield process, home
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
+def tutorials(tmp_path_factory):
+    """In short, on digits, with a handful of COCO-format images for its section 12, and then on
+    photographs, with a teacher of random weights and small networks."""
+    root, runs = tmp_path_factory.mktemp("tutorial"), Notebooks()
+    make_coco(root / "coco")
+    make_photographs(root / "photographs" / "data")
+    yield SimpleNamespace(
+        digits=runs.add(root / "digits", COCO=str(root / "coco")),
+        photographs=runs.add(root / "photographs", DATA="imagenette", LEVELS="3",
+                             STUDENT="vit_digits_patch4_32", TEACHER="vit_digits_patch4_32 random"))
+    runs.end()
 
 
 def test_tutorial_is_of_these_files(notebook):
@@ -2906,37 +2970,22 @@ def test_tutorial_is_committed_as_one_run(notebook):
     assert not re.search(r"/(tmp|root|home|work)/", "".join(o.get("text", "") for o in outputs))
 
 
-def test_tutorial_runs_on_photographs(tmp_path):
-    """Ten folders where Imagenette would lie, a teacher with random weights, and small networks."""
-    generator = numpy.random.default_rng(1)
-    ids = ("n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 "
-           "n03445777 n03888257").split()
-    home = tmp_path / "photographs"
-    for split, count in (("train", 4), ("val", 3)):
-        for kind, wordnet in enumerate(ids):
-            folder = home / "data" / "imagenette2-320" / split / wordnet
-            folder.mkdir(parents=True)
-            for index in range(count):
-                shape_picture(kind % 2, generator, 96)[0].save(folder / f"{wordnet}_{index}.JPEG")
-    process = start_notebook(home, DATA="imagenette", LEVELS="3",
-                             STUDENT="vit_digits_patch4_32",
-                             TEACHER="vit_digits_patch4_32 random")
-    outputs, text, figures = finish_notebook(process, home)
-    assert figures >= 14
-    assert "'classes': 10" in text or "10 classes" in text
-    assert "golf ball" in (home / "done.ipynb").read_text()
-    assert not (home / "data" / "imagenette2-320.tgz").exists()  # nothing was downloaded
-
-
-def test_tutorial_runs(tutorial_process):
-    """In short, by a real kernel, in a folder that holds nothing else; last, so that it is done."""
-    process, home = tutorial_process
-    outputs, text, figures = finish_notebook(process, home)
+def test_tutorial_runs(tutorials):
+    """By a real kernel, in a folder that holds nothing else; here, last, so that it is done."""
+    home, text, figures = finish_notebook(tutorials.digits)
     assert figures >= 16
     rated = re.search(r"COCO format: AP of boxes ([\d.]+), of masks ([\d.]+)", text)
     assert rated and all(0 <= float(ap) <= 100 for ap in rated.groups())
     left = {path.name for path in home.iterdir()} - {"__pycache__", "done.ipynb"}
     assert left == {"maskalign.py", "train.py"}
+
+
+def test_tutorial_runs_on_photographs(tutorials):
+    home, text, figures = finish_notebook(tutorials.photographs)
+    assert figures >= 14
+    assert "'classes': 10" in text or "10 classes" in text
+    assert "golf ball" in (home / "done.ipynb").read_text()
+    assert not (home / "data" / "imagenette2-320.tgz").exists()  # nothing was downloaded
 
 
 # --- The house -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python train.py                                                  # demo: digits, no download
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
-    python train.py --task finetune --init out/student.pt --data /imagenet        # or --task probe
+    python train.py --task finetune --init out/student.pt --data /imagenet --out tune   # or probe
 
 --data             a folder with train/ and val/ of one folder per class; any folder of images;
                    digits, drawn as needed, or digits:N, the same N in every epoch
@@ -20,7 +20,7 @@
 --amp              bf16, fp16 or off, if not the best that the device has; --compile: as on CUDA
 
 Order below: recipes and command line, data, schedule, model and optimiser, evaluation, checkpoints,
-the loop, entry. A rank is a process, as in torch; W of them share the images of a step.
+the loop, entry. A rank is a process, as in torch; all of them share the images of a step.
 """
 import argparse
 import contextlib
@@ -58,7 +58,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 LIMITED = hasattr(os, "sched_getaffinity")  # on Linux a process may use fewer than there are
 CPUS = len(os.sched_getaffinity(0)) if LIMITED else os.cpu_count()
-LOG_EVERY = 10  # optimiser steps; the host waits for the GPU at no others
+LOG_EVERY = 10  # optimiser steps; in between the host does not wait for the GPU
 KNN = dict(k=20, temperature=0.07)
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
@@ -80,7 +80,7 @@ COMMON = dict(
     teacher_weights="pretrained", levels=5, mask="attentive", mask_ratio=0.7, micro_batch=256,
     save_every=1000, amp=None, device=None, workers=max(1, min(16, CPUS // LOCAL_WORLD)))
 DIGITS = dict(  # for --data digits, whatever the task
-    epochs=1.0, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
+    epochs=0.6, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
     weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0, levels=3, workers=0,
     student="vit_digits_patch4_32", teacher="vit_digits_patch4_32")
 CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=("bf16", "fp16", "off"))
@@ -146,7 +146,7 @@ def choose_device(args):
 def seed_of(*key):
     """Any key -> a 63-bit seed, the same on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+    return int.from_bytes(digest, "big") >> 1
 
 
 class Source:
@@ -294,7 +294,7 @@ def open_data(args, size):
     odd = sorted(set(val.values()) - set(classes))
     if not classes:  # nor labels
         train, val = {file: "" for file in files if not file.startswith("val/")}, {}
-    elif odd or not val and os.path.exists(os.path.join(args.data, "val")):
+    elif odd or (not val and os.path.exists(os.path.join(args.data, "val"))):
         raise UsageError("--data: val has no class folders with images, or others than train: "
                          f"{odd[:3]}")
     if not train:
@@ -380,14 +380,15 @@ class Classifier(nn.Module):
         super().__init__()
         self.student = student.requires_grad_(not probe)
         student.norm.requires_grad_(False)
-        self.fc_norm = nn.LayerNorm(student.dim)
+        self.fc_norm = nn.LayerNorm(student.dim, eps=1e-6)
         if probe:
             self.fc_norm = nn.BatchNorm1d(student.dim, affine=False)
         self.head = nn.Linear(student.dim, classes)
         nn.init.normal_(self.head.weight, std=0.01)
 
     def timm_state(self):
-        """What timm.create_model(name, num_classes=C, global_pool="avg") loads strictly."""
+        """What timm.create_model(name, num_classes=C, global_pool="avg") loads strictly; but a
+        probe's fc_norm is a BatchNorm."""
         state = {name.removeprefix("student."): x for name, x in self.state_dict().items()}
         return {name: x for name, x in state.items() if not name.startswith("norm.")}
 
@@ -399,8 +400,7 @@ class Classifier(nn.Module):
 def build(args):
     """The task's model, teacher or None, and sources. UsageError if they do not fit together."""
     torch.manual_seed(args.seed)
-    size = dict(image_size=args.image_size) if args.image_size else {}
-    student = vit(args.student, drop_path=args.drop_path, **size)
+    student = vit(args.student, drop_path=args.drop_path, image_size=args.image_size)
     teacher = None
     sources = open_data(args, student.image_size)
     classes = sources[0].classes
@@ -424,9 +424,8 @@ def layers(coarse):
 
 
 def make_optimiser(model, args):
-    """AdamW, or SGD for a probe. The rate of layer l of S is layer_decay^(S+1-l) of that of what
-    follows the encoder. 1-D parameters and W are not decayed; nor are [CLS] and positions when
-    fine-tuned."""
+    """AdamW, or SGD for a probe. Block l of S learns at layer_decay^(S+1-l) times the head's rate.
+    1-D parameters and align.matrix are not decayed; nor are [CLS] and positions when fine-tuned."""
     tuned = isinstance(model, Classifier)
     exempt = ["student.cls_token", "student.pos_embed"] if tuned else ["align.matrix"]
     model.group_matcher = layers
@@ -443,12 +442,18 @@ def make_optimiser(model, args):
 
 
 def make_scaler(args):
-    """fp16's gradient scaler. Else the scale is 1, and all that it does is to take no step with a
-    gradient that is not finite, without asking the device."""
+    """fp16's gradient scaler. Else the scale is 1, below it after a gradient that is not finite,
+    and all that it does is to take no step with one, without asking the device."""
     kind = args.device.partition(":")[0]
     if args.amp == "fp16":
         return torch.amp.GradScaler(kind)
     return torch.amp.GradScaler(kind, init_scale=1.0, growth_interval=2 ** 31 - 1)
+
+
+def autocast(args):
+    """The precision --amp, as a context for what is trained and rated."""
+    kind, dtype = args.device.partition(":")[0], PRECISIONS[args.amp]
+    return torch.autocast(kind, dtype, enabled=args.amp != "off")
 
 
 def poisoned(loss):
@@ -490,8 +495,9 @@ def outputs(function, source, args):
     share = DistributedSampler(source, WORLD, RANK, shuffle=False)
     keys = [(0, index) for index in share]
     batches = BatchSampler(keys, args.micro_batch, drop_last=False)
-    rows = [(function(images.to(args.device)).float(), labels.to(args.device))
-            for images, labels in loader(source, batches, args)]
+    with autocast(args):
+        rows = [(function(images.to(args.device)).float(), labels.to(args.device))
+                for images, labels in loader(source, batches, args)]
     return map(torch.cat, zip(*rows))
 
 
@@ -543,7 +549,7 @@ def write(path, content):
 
 @contextlib.contextmanager
 def owned(out):
-    """Keeps other runs out of --out until this process ends, however it ends. UsageError if another
+    """Keeps other runs out of --out, at the latest until the process dies. UsageError if another
     run has it, or it cannot be written."""
     holder = out / f".holder{RANK}"
     try:
@@ -559,7 +565,8 @@ def owned(out):
 
 
 def save(out, model, parts, **rest):
-    """Write last.pt, the state of all parts and the rest, and what has come of it."""
+    """Write last.pt, the state of all parts (student and align, or a classifier's; optimiser and
+    scaler) and the rest (step, log, arguments, classes); and the encoder, and the classifier."""
     write(out / "student.pt", model.student.state_dict())
     if isinstance(model, Classifier):
         write(out / "classifier.pt", model.timm_state())
@@ -617,7 +624,7 @@ class Meter:
 
     def read(self):
         """Losses and norms of all ranks [steps,2,W], seconds, and the share of waiting in them.
-        Here, and nowhere else, the host waits for the device."""
+        Here the host waits for the device."""
         steps = torch.stack(self.steps).tolist()
         seconds = time.perf_counter() - self.since
         table = torch.tensor(gather(steps)).permute(1, 2, 0)
@@ -638,29 +645,27 @@ def check_finite(table, first, schedule, scaler, data):
 
 
 def wrap(model, teacher, args):
-    """Model and teacher as the loop calls them: compiled on CUDA or if asked, and in DDP; and the
-    autocast of the model."""
+    """Model and teacher as the loop calls them: compiled on CUDA or if asked, and in DDP."""
     if args.compile or (args.compile is None and args.device.startswith("cuda")):
-        # einops must not meet this type in a trace for the first time
+        # einops remembers a type of tensors at first sight, which would break a trace
         rearrange(next(model.parameters()), "... -> ...")
         model = torch.compile(model)
         teacher = None if teacher is None else torch.compile(teacher)
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    kind, dtype = args.device.partition(":")[0], PRECISIONS[args.amp]
-    return model, teacher, torch.autocast(kind, dtype, enabled=args.amp != "off")
+    return model, teacher
 
 
-def loss_of(network, teacher, images, labels, noise, autocast, args):
-    """Scalar loss of a micro-batch: alignment with the teacher's levels and attention, in the
-    precision of its weights, or cross-entropy with the labels."""
+def loss_of(network, teacher, images, labels, noise, args):
+    """Scalar loss of a micro-batch: alignment with the teacher's levels and attention, or
+    cross-entropy with the labels. The teacher runs in the precision of its weights."""
     if teacher is not None:
         levels, attention = teacher(images)
         mask_noise, path_noise = noise.tensor_split([attention.shape[1]], dim=1)
-        with autocast:
+        with autocast(args):
             return network(images, levels, attention, mask_noise=mask_noise,
                            path_noise=path_noise)
-    with autocast:
+    with autocast(args):
         logits = network(images, noise)
     smoothing = 0.1 if args.task == "finetune" else 0.0
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
@@ -717,7 +722,7 @@ def run(args, out):
     done, log = resume(out, model, parts, args.init, facts)
     if RANK == 0:
         announce(args, schedule, done, data, val, teacher)
-    network, observe, autocast = wrap(model, teacher, args)
+    network, observe = wrap(model, teacher, args)
     width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
     width += math.prod(model.student.grid) if teacher else 0
     stream, meter = loader(data, schedule.batches(done), args), Meter()
@@ -735,7 +740,7 @@ def run(args, out):
                     images, labels = mix(images / 255, labels)
                 final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
                 with contextlib.nullcontext() if final else network.no_sync():
-                    loss = loss_of(network, observe, images, labels, noise, autocast, args)
+                    loss = loss_of(network, observe, images, labels, noise, args)
                     # the last part may be smaller
                     loss = loss * (len(images) * schedule.parts / schedule.share)
                     scaler.scale(poisoned(loss) / schedule.parts).backward()
@@ -756,8 +761,7 @@ def run(args, out):
             check_finite(table, first, schedule, scaler, data)
             record = make_record(done, table, seconds, waited, schedule)
             if val and schedule.evaluates(first, done):
-                with autocast:
-                    record |= evaluate(model, bank, val, args)
+                record |= evaluate(model, bank, val, args)
             log.append(record)
             sink.write(json.dumps(record) + "\n")
             bar.set_postfix_str("loss {loss:.4f}, {images_per_s:.0f} images/s".format(**record),
@@ -773,13 +777,14 @@ def run(args, out):
 def demo(args):
     """A teacher learns the digits with labels, a student from it without. All are rated by k-NN."""
     school, home = f"{args.out}/teacher", f"{args.out}/student"
-    lesson = dict(task="finetune", epochs=0.75 * args.epochs, out=school)
+    lesson = dict(
+        task="finetune", student=args.teacher, epochs=0.75 * args.epochs, out=school)
     train(argparse.Namespace(**vars(args) | lesson))
     lesson = dict(teacher_weights=f"{school}/student.pt", out=home)
     args = argparse.Namespace(**vars(args) | lesson)
     run = train(args)
     torch.manual_seed(args.seed)
-    untrained = vit(args.student).to(args.device).eval()
+    untrained = vit(args.student, image_size=args.image_size).to(args.device).eval()
     before = knn(untrained, run.bank, run.val, args)
     taught = knn(lambda images: run.teacher(images)[0], run.bank, run.val, args)
     if RANK == 0:
@@ -814,7 +819,8 @@ def main(argv=None):
         args = parse(argv)
         join_processes(args)
         taught = args.teacher != DIGITS["teacher"] or args.teacher_weights != "pretrained"
-        (train if taught or args.task != "pretrain" else demo)(args)
+        is_demo = args.data.startswith("digits") and args.task == "pretrain" and not taught
+        (demo if is_demo else train)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
     except KeyboardInterrupt as stop:
