@@ -2821,7 +2821,7 @@ def test_demo_trains_teacher_and_student_with_its_flags(background):
     child, out = background["test_demo_trains_teacher_and_student_with_its_flags"]
     done = child.wait(0, seconds=300)
     assert done.out.count("of 64 = 1 processes x 2 x 32") == 2
-    assert [logged(out / part)[-1] for part in ("teacher", "student")] == [9, 12]
+    assert [logged(out / part)[-1] for part in ("teacher", "student")] == [5, 7]
     assert re.search(r"untrained student \d+\.\d %, trained student \d+\.\d %, teacher \d+\.\d %",
                      done.out)
 
