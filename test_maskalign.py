@@ -3010,6 +3010,14 @@ def test_readme_links_lead_somewhere():
             assert (HERE / link).exists(), link
 
 
+def test_commands_of_the_readme_and_of_the_header_are_valid():
+    texts = README + train.__doc__
+    commands = re.findall(r"^    .*\btrain\.py ?([^#\n]*)", texts, re.M)
+    assert len(commands) >= 12
+    for command in commands:
+        assert parse(*command.split()).student in ma.VITS
+
+
 def test_teachers_of_the_readme_exist():
     import open_clip
     names = {name for row in re.findall(r"^\| (?:CLIP|DINO|SigLIP|MAE|your).*$", README, re.M)
