@@ -2842,18 +2842,16 @@ class Notebooks:
     """Runs of the tutorial, each in a folder that holds the two files and nothing else of ours; one
     after the other, beside the tests that do not need them."""
     def __init__(self):
-        self.queue, self.running, self.ended = concurrent.futures.ThreadPoolExecutor(1), None, False
+        self.queue, self.running = concurrent.futures.ThreadPoolExecutor(1), None
 
     def add(self, home, **constants):
         return self.queue.submit(self.run, home, constants)
 
     def run(self, home, constants):
-        if not self.ended:
-            self.running = start_notebook(home, **constants)
-            return self.running.wait(), home
+        self.running = start_notebook(home, **constants)
+        return self.running.wait(), home
 
     def end(self):
-        self.ended = True
         self.queue.shutdown(wait=False, cancel_futures=True)
         if self.running and self.running.poll() is None:
             self.running.terminate()
