@@ -3,7 +3,7 @@ Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction
 2211.08887, in its order: 3.1 model, 3.2 masking, 3.3 alignment. MaskAlign.forward, the last
 function, is the paper's figure, a line for each step.
 
-Symbols   B batch   N patches   V visible patches   D student width   E teacher width
+Symbols   B batch   N patches   V visible patches   D student width   E teacher width   C either
           S student depth       K aligned teacher levels, the last K of the teacher's blocks
           P tokens before the patches: [CLS], registers, or none      H heads of width d
 Images    RGB [B,3,H,W], uint8 or float in [0,1]; each network normalises for itself.
@@ -29,7 +29,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from timm import layers
 from timm.models import eva, vision_transformer
 from torch import nn
@@ -55,8 +55,8 @@ def to_float(images):
     on a CPU and in eager mode only, for it would make a GPU wait and break a trace."""
     if images.dtype == torch.uint8:
         return images / 255
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if images.device.type == "cpu" and not traced and (images > 10).any():
+    eager = not torch.compiler.is_compiling()
+    if eager and images.device.type == "cpu" and (images > 10).any():
         raise UsageError("images must be uint8, or float in [0, 1] and not in [0, 255]")
     return images
 
@@ -76,21 +76,19 @@ def sincos_2d(dim, grid):
     """Width and (rows, columns) of the patch grid, or an int for a square -> fixed positions
     [1+N,dim] (3.1, as MAE's): sines, then cosines, of the column in the first half of the channels,
     of the row in the second; zeros for [CLS]."""
-    # ω_i = 10000^(−i/(dim/4))
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    sides = map(torch.arange, layers.to_2tuple(grid))
-    rows, columns = torch.meshgrid(*sides, indexing="ij")
-    waves = []
-    for place in (columns, rows):
-        angle = einsum(place.flatten().double(), omega, "n, i -> n i")
-        waves += [torch.sin(angle), torch.cos(angle)]
-    return F.pad(torch.cat(waves, dim=1), (0, 0, 1, 0)).float()
+    # ω_i = 10000^(−i/(dim/4)); patch n is in row ⌊n/columns⌋ and column n mod columns
+    omega = 10000 ** (-torch.arange(dim // 4).double() / (dim // 4))
+    rows, columns = layers.to_2tuple(grid)
+    n = torch.arange(rows * columns)
+    x = torch.outer(n % columns, omega)
+    y = torch.outer(n // columns, omega)
+    return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0)).float()
 
 
 def take(tokens, keep):
     """Tokens [B,1+N,C], keep [B,V] -> [B,1+V,C]: [CLS] and the kept patches, in keep's order."""
     rows = F.pad(keep + 1, (1, 0))  # row 0 is [CLS], row 1+i patch i
-    return tokens.gather(1, repeat(rows, "b v -> b v c", c=tokens.shape[-1]))
+    return tokens.take_along_dim(rearrange(rows, "b v -> b v 1"), dim=1)
 
 
 def add_branch(x, branch, drop_rate, noise=None):
@@ -104,23 +102,27 @@ def add_branch(x, branch, drop_rate, noise=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B,N,D] -> [B,N,D]."""
+    """Multi-head self-attention, [B,N,D] -> [B,N,D]. Its q_norm and k_norm, which timm's has too,
+    do nothing; there a Teacher's hooks see q and k."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.num_heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         heads = "b n (qkv h d) -> qkv b h n d"
         q, k, v = rearrange(self.qkv(x), heads, qkv=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q·kᵀ/√d)·v
+        # softmax(q·kᵀ/√d)·v
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; noise [B,2] is its two branches' drop path,
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; each branch's noise [B] is its drop path's,
     None drops nothing."""
 
     def __init__(self, dim, heads, drop_rate):
@@ -132,10 +134,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x, noise=None):
-        first, second = (None, None) if noise is None else noise.unbind(1)
-        x = add_branch(x, self.attn(self.norm1(x)), self.drop_rate, first)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_rate, second)
+    def forward(self, x, attn_noise=None, mlp_noise=None):
+        x = add_branch(x, self.attn(self.norm1(x)), self.drop_rate, attn_noise)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_rate, mlp_noise)
 
 
 class ViT(nn.Module):
@@ -169,12 +170,14 @@ class ViT(nn.Module):
         x = torch.cat([cls, patches], dim=1) + self.pos_embed
         if keep is not None:  # before the first block: a dropped patch costs nothing there
             x = take(x, keep)
-        drops = self.training and any(self.drop_rates)
-        if drops and path_noise is None:
-            path_noise = torch.rand(len(x), 2 * len(self.blocks), device=images.device)
+        noise = [None] * 2 * len(self.blocks)
+        if self.training and any(self.drop_rates):
+            if path_noise is None:
+                path_noise = torch.rand(len(x), len(noise), device=x.device)
+            noise = path_noise.unbind(1)
         levels = []
-        for s, block in enumerate(self.blocks):
-            x = block(x, path_noise[:, 2 * s:2 * s + 2] if drops else None)
+        for block, attn_noise, mlp_noise in zip(self.blocks, noise[::2], noise[1::2]):
+            x = block(x, attn_noise, mlp_noise)
             levels.append(x)
         return levels
 
@@ -192,14 +195,13 @@ def vit(name, **overrides):
     unknown name, and as ViT does."""
     if name not in VITS:
         raise UsageError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
-    given = {key: value for key, value in overrides.items() if value is not None}
-    return ViT(**VITS[name] | given)
+    return ViT(**VITS[name] | {key: x for key, x in overrides.items() if x is not None})
 
 
 # --- 3.1 Model structure: weights from files ----------------------------------------------------
 
 WRAPPERS = ("teacher", "student", "model", "state_dict", "module", "encoder", "backbone")
-PREFIXES = re.compile(r"^((module|_orig_mod|model|encoder|backbone|student)\.)+")
+PREFIXES = r"^((module|_orig_mod|model|encoder|backbone|student)\.)+"
 ASIDE = ("head", "fc_norm", "decoder", "mask_token", "distill_", "clip_model", "dino_model")
 SCALAR = numpy.float64(0).__reduce__()[0]  # the function that reads numpy's scalars
 SAFE = [  # what checkpoints hold beside weights; the second of a pair is the name in the file
@@ -219,7 +221,7 @@ def read_weights(source):
             archive = zipfile.ZipFile(source)
             if damaged := archive.testzip():  # checksums, which torch.load ignores
                 raise UsageError(f"damaged in {damaged}")
-            if any("/code/" in name for name in archive.namelist()):
+            if "/code/" in str(archive.namelist()):
                 raise UsageError("TorchScript: torch.save(torch.jit.load(FILE).state_dict(), ...)")
         with torch.serialization.safe_globals(SAFE):
             return dict(torch.load(source, map_location="cpu", weights_only=True))
@@ -229,41 +231,35 @@ def read_weights(source):
         raise UsageError(f"{source} was not read: {' '.join(reason.split())}") from error
 
 
-def resample(positions, grid):
-    """Positions [1,1+n²,C] of a square grid -> [1,1+N,C] of another grid (rows, columns); others
-    stay as they are."""
-    count = positions.shape[1] - 1
-    if count == math.prod(grid) or count != math.isqrt(count) ** 2:
-        return positions
-    return layers.resample_abs_pos_embed(positions, list(grid), antialias=False)
-
-
 def load_encoder(network, source):
     """Load an encoder from a file (this project's, timm's, DINO's, MAE's, the official release's)
     into a ViT of ours or timm, strictly -> sorted names that were left aside: heads, decoders, what
-    lies beside the encoder. Raises with the first names that differ."""
-    state, aside = read_weights(source), []
+    lies beside the encoder. Positions of a square grid are resampled to the network's. Raises with
+    the first names that differ."""
+    state, aside = read_weights(source), set()
     while inner := [key for key in WRAPPERS if isinstance(state.get(key), dict)]:
-        aside += [key for key in state if key != inner[0]]
+        aside |= state.keys() - inner[:1]
         state = state[inner[0]]
-    state = {PREFIXES.sub("", key): x for key, x in state.items() if torch.is_tensor(x)}
+    state = {re.sub(PREFIXES, "", key): x for key, x in state.items() if torch.is_tensor(x)}
     # levels need no final norm, but SigLIP's pooling query reads its output
     spare = ASIDE if getattr(network, "attn_pool", None) else (*ASIDE, "norm.")
     own = network.state_dict()
     try:
-        if isinstance(network, ViT):
-            if "pos_embed" in state:
-                state["pos_embed"] = resample(state["pos_embed"], network.grid)
-        else:  # timm knows the names that its networks have elsewhere, and resamples
+        if not isinstance(network, ViT):
+            # timm knows the names that its networks have elsewhere, and resamples
             state = sys.modules[type(network).__module__].checkpoint_filter_fn(state, network)
-        extra = [key for key in state if key not in own and key.startswith(spare)]
-        used = {key: state[key] for key in state if key not in extra}
-        may_lack = {key: own[key] for key in own if key.startswith(spare)}
+        elif "pos_embed" in state:
+            count = state["pos_embed"].shape[1] - 1
+            if math.isqrt(count) ** 2 == count != math.prod(network.grid):
+                state["pos_embed"] = layers.resample_abs_pos_embed(
+                    state["pos_embed"], network.grid, antialias=False)
+        used = {key: x for key, x in state.items() if key in own or not key.startswith(spare)}
+        may_lack = {key: x for key, x in own.items() if key.startswith(spare)}
         network.load_state_dict(may_lack | used)
     except Exception as error:  # torch's, a line for each kind of difference, or any of timm's
         lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
         raise UsageError(f"{source} does not fit the encoder: {' '.join(lines)}") from error
-    return sorted(aside + extra)
+    return sorted(aside | (state.keys() - used))
 
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
@@ -295,38 +291,38 @@ def salient_attention(network):
 
 class Teacher(nn.Module):
     """A ViT of ours, open_clip or timm that sees the intact image, frozen for good (3.1). Hooks,
-    registered before any compile, see the outputs of the last K blocks, `levels`, and the query and
-    keys of the salient_attention. Raises if levels exceed the depth, or as salient_attention."""
+    registered before any compile, see the outputs of the last K blocks, `levels`, and the queries q
+    and keys k of the salient_attention. Raises as that does, or if levels exceed the depth."""
 
     def __init__(self, network, levels=5):
         super().__init__()
         attention = salient_attention(network)  # raises
-        if isinstance(network, ViT):
+        self.network, self.levels, self.mean_std = network, levels, None
+        if isinstance(network, ViT):  # which normalises for itself
             blocks, patches = network.blocks, network.patch_embed["proj"]
             self.image_size, self.grid = network.image_size, network.grid
-            self.mean_std = None  # it normalises for itself
         elif hasattr(network, "class_embedding"):  # open_clip's
             blocks, patches = network.transformer.resblocks, network.conv1
             self.image_size, self.grid = network.image_size, network.grid_size
             self.mean_std = network.preprocess_cfg["mean"], network.preprocess_cfg["std"]
         else:
-            blocks, patches = network.blocks, network.patch_embed.proj
-            self.image_size = network.patch_embed.img_size
-            self.grid = network.patch_embed.grid_size
+            blocks, embed = network.blocks, network.patch_embed
+            patches = embed.proj
+            self.image_size, self.grid = embed.img_size, embed.grid_size
             colours = timm.data.resolve_model_data_config(network)
             self.mean_std = colours["mean"], colours["std"]
-        self.network, self.levels, self.depth = network, levels, len(blocks)
-        self.dim, self.patches = patches.out_channels, math.prod(self.grid)
+        self.depth, self.dim = len(blocks), patches.out_channels
+        self.patches = math.prod(self.grid)
         self.has_cls = attention is not getattr(network, "attn_pool", None)
-        self.outputs, self.seen = [], {}  # filled by hooks: bound methods, which deepcopy rebinds
+        self.outputs = []  # filled by hooks: bound methods, which deepcopy rebinds
         if not 1 <= levels <= self.depth:
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         for block in blocks[-levels:]:
             block.register_forward_hook(self.see_level)
-        if isinstance(network, TIMMS):
-            attention.register_forward_pre_hook(self.see_rope, with_kwargs=True)
+        if hasattr(attention, "k_norm"):
             attention.q_norm.register_forward_hook(self.see_queries)
             attention.k_norm.register_forward_hook(self.see_keys)
+            attention.register_forward_hook(self.turn_keys, with_kwargs=True)
         else:
             attention.register_forward_pre_hook(self.see_input)
         self.requires_grad_(False).train()
@@ -338,30 +334,28 @@ class Teacher(nn.Module):
         first = output[:, :1] if self.has_cls else patches.mean(dim=1, keepdim=True)
         self.outputs.append(torch.cat([first, patches], dim=1))
 
-    def see_input(self, attention, args):
-        """Ours and open_clip's: q and k from its input [B,1+N,E]; q, k, v are packed in two."""
-        weight, bias, *_ = attention.parameters()
-        w_q, w_k, _ = weight.chunk(3)
-        b_q, b_k, _ = bias.chunk(3)
-        q, k = F.linear(args[0][:, 0], w_q, b_q), F.linear(args[0], w_k, b_k)
-        self.seen["q"] = rearrange(q, "b (h d) -> b h d", h=attention.num_heads)
-        self.seen["k"] = rearrange(k, "b n (h d) -> b h n d", h=attention.num_heads)
-
-    def see_rope(self, attention, args, kwargs):
-        """timm's: rotary positions, where it has them, are a keyword."""
-        self.seen["rope"] = kwargs.get("rope"), getattr(attention, "rotate_half", False)
-
     def see_queries(self, q_norm, args, q):
-        """timm's: queries [B,H,P+N,d] by head pass q_norm, be it the identity; [CLS] is first."""
-        self.seen["q"] = q[:, :, 0]
+        """Ours and timm's: queries [B,H,P+N,d] by head pass q_norm, be it the identity."""
+        self.q = q
 
     def see_keys(self, k_norm, args, k):
-        """timm's: keys [B,H,P+N,d] pass k_norm; then rotary positions turn those of the patches."""
-        rope, half = self.seen["rope"]
-        if rope is not None:
-            others, k = k.tensor_split([-self.patches], dim=2)
-            k = torch.cat([others, layers.apply_rot_embed_cat(k, rope, half=half)], dim=2)
-        self.seen["k"] = k
+        """Ours and timm's: keys [B,H,P+N,d] by head pass k_norm, be it the identity."""
+        self.k = k
+
+    def turn_keys(self, attention, args, kwargs, output):
+        """timm's: rotary positions, where it has them, have turned the patches' keys since."""
+        if kwargs.get("rope") is not None:
+            others, k = self.k.tensor_split([-self.patches], dim=2)
+            k = layers.apply_rot_embed_cat(k, kwargs["rope"], half=attention.rotate_half)
+            self.k = torch.cat([others, k], dim=2)
+
+    def see_input(self, attention, args):
+        """open_clip's: q of [CLS] and all k, by its input [B,1+N,E] and packed weights."""
+        w_q, w_k, _ = attention.in_proj_weight.chunk(3)
+        b_q, b_k, _ = attention.in_proj_bias.chunk(3)
+        heads = "b n (h d) -> b h n d"
+        q, k = F.linear(args[0][:, :1], w_q, b_q), F.linear(args[0], w_k, b_k)
+        self.q, self.k = (rearrange(x, heads, h=attention.num_heads) for x in (q, k))
 
     def train(self, mode=True):
         """Stays in evaluation mode, whatever the mode."""
@@ -375,37 +369,22 @@ class Teacher(nn.Module):
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
-        q, k, levels = self.seen["q"], self.seen["k"], self.outputs[-self.levels:]
-        self.outputs, self.seen = [], {}  # a call that failed may have left some
-        # a = mean_h softmax(q·k/√d): a row for each head, never the N×N map
-        logits = einsum(q.float(), k.float(), "b h d, b h n d -> b h n") / math.sqrt(q.shape[-1])
+        # a = mean_h softmax(q·k/√d): the row of [CLS] for each head, never the N×N map
+        q, k = self.q[:, :, 0].float(), self.k.float()
+        logits = einsum(q, k, "b h d, b h n d -> b h n") / math.sqrt(q.shape[-1])
+        levels = self.outputs[-self.levels:]  # a call that failed may have left some
+        self.outputs, self.q, self.k = [], None, None
         return levels, logits.softmax(dim=-1)[:, :, -self.patches:].mean(dim=1)
-
-
-def in_library(create, name, **options):
-    """create(name, **options), without its log: exceptions say the same, and become a UsageError
-    that says how to do without a download."""
-    logging.disable(logging.ERROR)
-    try:
-        with torch.serialization.safe_globals(SAFE):
-            return create(name, **options)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UsageError(f"teacher {name} was not made or downloaded; --teacher-weights FILE "
-                         f"needs no download: {error}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def clip_network(name, weights, grid):
     """load_teacher's arguments -> an image tower of open_clip."""
     import open_clip  # takes seconds
-    clips = open_clip.list_models()
-    if name not in clips:
-        names = [*VITS, *clips, *timm.list_models(), *timm.list_pretrained()]
-        near = ", ".join(difflib.get_close_matches(name, names))
-        raise UsageError(f"no teacher is called {name}, or none is published; near it are "
-                         f"{near or 'none'}")
     config = open_clip.get_model_config(name)
+    if config is None:
+        names = [*VITS, *open_clip.list_models(), *timm.list_models(), *timm.list_pretrained()]
+        near = ", ".join(difflib.get_close_matches(name, names)) or "none"
+        raise UsageError(f"no teacher is called {name}, or none is published; near it are {near}")
     patch_size = config["vision_cfg"].get("patch_size")  # none: a ResNet, or a network of timm's
     if not patch_size:
         raise UsageError(f"{name} cannot teach: open_clip has no ViT of its own for it")
@@ -419,22 +398,19 @@ def clip_network(name, weights, grid):
     # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
     # resamples positions with antialiasing.
     size = pixels(grid, patch_size)
-    create = open_clip.create_model
-    return in_library(create, name, pretrained=tag, force_image_size=size).visual
+    return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
 
 
 def timm_network(name, weights, grid):
     """load_teacher's arguments -> a ViT of timm."""
-    published = weights == "pretrained"
-    network = in_library(timm.create_model, name, pretrained=published, num_classes=0)
+    network = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
     salient_attention(network)  # raises
     notes = str(network.pretrained_cfg.get("notes"))
     if weights and "QuickGELU" in notes and "quickgelu" not in name:
         raise UsageError(f"{name} was trained with QuickGELU: ask for its clip_quickgelu_ name")
-    if weights and not published:
+    if weights not in (None, "pretrained"):
         load_encoder(network, weights)
-    if grid:
-        network.set_input_size(pixels(grid, network.patch_embed.patch_size))
+    network.set_input_size(pixels(grid, network.patch_embed.patch_size))
     return network
 
 
@@ -449,11 +425,20 @@ def load_teacher(name, weights=None, levels=5, grid=None):
         network = vit(name, image_size=pixels(grid, VITS[name]["patch_size"]))
         if weights is not None:
             load_encoder(network, weights)
-    elif ":" in name or name in timm.list_models() + timm.list_pretrained():  # hf-hub:USER/NAME
-        network = timm_network(name, weights, grid)
-    else:
-        network = clip_network(name, weights, grid)
-    return Teacher(network, levels)
+        return Teacher(network, levels)
+    logging.disable(logging.ERROR)  # what the libraries log, their exceptions say
+    try:
+        of_timm = ":" in name or name in timm.list_models() + timm.list_pretrained()
+        create = timm_network if of_timm else clip_network  # hf-hub:USER/NAME is timm's
+        with torch.serialization.safe_globals(SAFE):
+            return Teacher(create(name, weights, grid), levels)
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f"teacher {name} was not made or downloaded; --teacher-weights FILE "
+                         f"needs no download: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
@@ -477,7 +462,7 @@ def attentive_keep(attention, ratio, noise=None):
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
     gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))
     score = attention.float().log() + gumbel
-    return score.topk(visible(attention.shape[1], ratio), dim=1).indices
+    return score.topk(visible(attention.shape[1], ratio)).indices
 
 
 def random_keep(batch, patches, ratio, device=None, noise=None):
@@ -508,10 +493,11 @@ class DynamicAlignment(nn.Module):
 
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
-        last = range(teacher_depth - levels + 1, teacher_depth + 1)  # levels count from 1
-        match = torch.tensor([math.ceil(t * student_depth / teacher_depth) - 1 for t in last])
+        # level t of the teacher's T, counted from 1, starts at level ⌈t·S/T⌉ of the student
+        t = torch.arange(teacher_depth - levels + 1, teacher_depth + 1)
+        match = (t * student_depth - 1) // teacher_depth
         self.matrix = nn.Parameter(F.one_hot(match, student_depth) + 0.01)
-        self.adaptors = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in last)
+        self.adaptors = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in t)
         self.apply(initialise)
 
     def forward(self, features):

@@ -2155,9 +2155,10 @@ def test_knn_is_the_vote_by_loops():
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_knn_compares_and_votes_in_fp32_at_any_precision(tmp_path, painted, amp):
     """In fp16 e^(1 / 0.07) would be infinite."""
-    with Calls(torch.Tensor.masked_fill) as similarities:
+    with Calls(torch.Tensor.topk) as nearest, Calls(torch.Tensor.exp) as votes:
         main(*on_folder(painted, tmp_path, "--amp", amp, "--epochs", 1))
-    assert {arguments[0].dtype for arguments, _ in similarities.seen} == {torch.float32}
+    assert {arguments[0].dtype for calls in (nearest, votes)
+            for arguments, _ in calls.seen} == {torch.float32}
 
 
 KNN = """
@@ -2720,7 +2721,7 @@ def test_fp16_may_skip_half_of_the_steps_and_the_log_stays_json(tmp_path, painte
     still = [torch.equal(a, b) for a, b in zip(matrices, matrices[1:])]
     assert still == [step % 2 == 1 for step in range(11)]
     assert logged(tmp_path) == [10, 12] and finite_weights(tmp_path)
-    assert all(norm is None or 0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
+    assert all(0 <= norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
 
 
 def test_fp16_that_skips_all_steps_ends(tmp_path, painted):
@@ -2861,7 +2862,7 @@ def start_notebook(home, **constants):
     home.mkdir(parents=True, exist_ok=True)
     for name in ("maskalign.py", "train.py"):
         shutil.copy(HERE / name, home)
-    environment = dict(os.environ, LENGTH="0.02", REPEATS="1", OMP_NUM_THREADS="1") | constants
+    environment = dict(os.environ, LENGTH="0.01", REPEATS="1", OMP_NUM_THREADS="1") | constants
     with open(home.parent / f"{home.name}.log", "wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", RUN_NOTEBOOK, str(HERE / "tutorial.ipynb")], cwd=home,
@@ -2895,7 +2896,7 @@ def shape_picture(kind, generator, side):
     return picture, outline
 
 
-def make_coco(root, count=6, side=64):
+def make_coco(root, count=4, side=64):
     """A handful of images in COCO's format, of two classes with odd ids, one crowd among them."""
     generator = numpy.random.default_rng(0)
     for split in ("train2017", "val2017"):

@@ -40,7 +40,7 @@ import filelock
 import numpy
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
@@ -56,8 +56,8 @@ from maskalign import (
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
-LIMITED = hasattr(os, "sched_getaffinity")  # on Linux a process may use fewer than there are
-CPUS = len(os.sched_getaffinity(0)) if LIMITED else os.cpu_count()
+# on Linux a process may use fewer CPUs than there are
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LOG_EVERY = 10  # optimiser steps; in between the host does not wait for the GPU
 KNN = dict(k=20, temperature=0.07)
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
@@ -83,7 +83,7 @@ DIGITS = dict(  # for --data digits, whatever the task
     epochs=1.0, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
     weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0, levels=3, workers=0,
     student="vit_digits_patch4_32", teacher="vit_digits_patch4_32")
-CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=("bf16", "fp16", "off"))
+CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=PRECISIONS)
 HIGHEST = dict(mask_ratio=1, drop_path=0.99, layer_decay=1)
 MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers",
             "seed"}
@@ -133,13 +133,14 @@ def parse(argv):
 
 def choose_device(args):
     """Settle args.device and args.amp. UsageError if the device is not there."""
-    there = dict(cpu=True, cuda=torch.cuda.is_available(),
-                 mps=torch.backends.mps.is_available())
-    args.device = args.device or ("cuda" if there["cuda"] else "cpu")
-    if not there.get(args.device.partition(":")[0]):
-        raise UsageError(f"--device {args.device} is not available here")
+    try:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = torch.device(args.device or best)
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(f"--device {args.device}: {error}") from error
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.amp = args.amp or (half if args.device.startswith("cuda") else "off")
+    args.amp = args.amp or (half if args.device.type == "cuda" else "off")
 
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
@@ -149,12 +150,20 @@ def seed_of(*key):
     return int.from_bytes(digest, "big") >> 1
 
 
-class Source:
-    """`count` images of a size (H, W), asked for by a micro-batch of keys (epoch, index):
-    source[keys] -> images uint8 [b,3,H,W], labels [b]."""
-    def __init__(self, count, classes, size, seed):
-        self.count, self.classes = count, classes
-        self.size, self.seed = size, seed
+class Digits:
+    """`count` digits in random places, sizes and colours, as images of a size (H, W), in every
+    epoch the same if `fixed`. As from every source: source[keys], of a micro-batch of keys
+    (epoch, index) -> images uint8 [b,3,H,W], labels [b]."""
+    def __init__(self, count, size, seed, fixed):
+        self.count, self.size, self.seed, self.fixed = count, size, seed, fixed
+        self.classes = list("0123456789")
+        height, width = size
+        font = ImageFont.load_default(height * 7 / 8)  # Pillow's own
+        self.glyphs = torch.zeros(10, 1, height, width)
+        for glyph, digit in zip(self.glyphs, self.classes):
+            image = Image.new("L", (width, height))
+            ImageDraw.Draw(image).text((width / 2, height / 2), digit, 255, font, "mm")
+            glyph += v2.functional.pil_to_tensor(image) / 255
 
     def __len__(self):
         return self.count
@@ -163,26 +172,12 @@ class Source:
         """What an image is called in messages."""
         return index
 
-
-class Digits(Source):
-    """Digits in random places, sizes and colours, in every epoch the same if `fixed`."""
-    def __init__(self, count, size, seed, fixed):
-        super().__init__(count, list("0123456789"), size, seed)
-        self.fixed = fixed
-        height, width = size
-        font = ImageFont.load_default(height * 7 / 8)  # Pillow's own
-        images = [Image.new("L", (width, height)) for _ in self.classes]
-        for image, digit in zip(images, self.classes):
-            ImageDraw.Draw(image).text((width / 2, height / 2), digit, 255, font, "mm")
-        self.glyphs = torch.stack(list(map(v2.functional.pil_to_tensor, images))) / 255
-
-    def noise(self, epoch, index):
-        """The 55 uniform numbers of an image."""
-        seed = seed_of(self.seed, 0 if self.fixed else epoch, index)
-        return torch.rand(55, generator=torch.Generator().manual_seed(seed))
-
     def __getitem__(self, keys):
-        u = torch.stack([self.noise(*key) for key in keys], dim=1)
+        noise = []
+        for epoch, index in keys:
+            seed = seed_of(self.seed, 0 if self.fixed else epoch, index)
+            noise.append(torch.rand(55, generator=torch.Generator().manual_seed(seed)))
+        u = torch.stack(noise, dim=1)
         labels = torch.tensor([index % 10 for _, index in keys])
         angle = u[0] - 0.5
         scale = 0.8 + 0.8 * u[1]
@@ -203,8 +198,9 @@ def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits: white is 65535, or 1 if no pixel is more
-        scale = 255 if image.mode == "F" and image.getextrema()[1] <= 1 else 255 / 65535
-        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
+        image = image.convert("F")
+        white = 65535 if image.getextrema()[1] > 1 else 1
+        image = image.point(lambda value: value * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -223,20 +219,24 @@ def augmentation(task, size):
     return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(), *more])
 
 
-class Folder(Source):
-    """Images {file: class} in a folder, augmented for a task or, without one, centred."""
+class Folder:
+    """Images {file: class} in a folder, augmented for a task or, without one, centred. Names and
+    bad files are tensors, which the loader's workers share, where each would copy a list."""
     def __init__(self, root, classes, size, files, seed, task=None):
-        super().__init__(len(files), classes, size, seed)
-        # one tensor, which the loader's workers share, where each would copy a list
-        text = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
-        self.text = torch.from_numpy(text.view("u1").reshape(len(files), -1))
-        number = {name: i for i, name in enumerate(classes)}
-        self.labels = torch.tensor([number.get(name, 0) for name in files.values()])
+        self.classes, self.size, self.seed = classes, size, seed
         self.augment = augmentation(task, size)
-        self.bad = torch.zeros(len(files), dtype=torch.bool)  # shared by the workers, too
+        names = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
+        self.names = torch.from_numpy(names.view("u1").reshape(len(files), -1))
+        labels = numpy.searchsorted(classes or [""], list(files.values()))
+        self.labels = torch.from_numpy(labels)
+        self.bad = torch.zeros(len(files), dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.bad)
 
     def name(self, index):
-        return os.fsdecode(bytes(self.text[index].tolist()).rstrip(b"\0"))
+        """A file, by its number."""
+        return os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))
 
     def read(self, epoch, index):
         """An image uint8 [3,H,W] and its label; the next readable one's if it cannot be read, which
@@ -255,9 +255,9 @@ class Folder(Source):
                           file=sys.stderr)
                 self.bad[index] = True
             bad = self.bad.sum().item()
-            if bad > min(self.count - 1, max(10, self.count // 100)):
-                raise UsageError(f"{bad} of {self.count} files are unreadable, the last {name}")
-            index = (index + 1) % self.count
+            if bad > min(len(self) - 1, max(10, len(self) // 100)):
+                raise UsageError(f"{bad} of {len(self)} files are unreadable, the last {name}")
+            index = (index + 1) % len(self)
 
     def __getitem__(self, keys):
         images, labels = zip(*[self.read(*key) for key in keys])
@@ -276,6 +276,11 @@ def scan(root):
     return sorted(found)
 
 
+def labelled(files, split):
+    """Those of the files that lie in class folders of a split -> {file: class}."""
+    return {file: file.split("/")[1] for file in files if re.match(f"{split}/.+/", file)}
+
+
 def open_data(args, size):
     """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
     one to evaluate on, or None. UsageError without images, or if val's classes are not train's."""
@@ -284,17 +289,16 @@ def open_data(args, size):
         data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
         return data, bank, Digits(1000, size, -1, fixed=True)
-    found = [scan(args.data) if RANK == 0 else None]
-    if WORLD > 1:  # a network disk may show each rank another folder
-        dist.broadcast_object_list(found)
-    files = found[0]
-    train = {file: file.split("/")[1] for file in files if re.match("train/.+/", file)}
-    val = {file: file.split("/")[1] for file in files if re.match("val/.+/", file)}
+    # a network disk may show each rank another folder
+    files = gather(scan(args.data) if RANK == 0 else None)[0]
+    train = labelled(files, "train")
+    val = labelled(files, "val")
     classes = sorted(set(train.values()))
     odd = sorted(set(val.values()) - set(classes))
     if not classes:  # nor labels
-        train, val = {file: "" for file in files if not file.startswith("val/")}, {}
-    elif odd or (not val and os.path.exists(os.path.join(args.data, "val"))):
+        train = {file: "" for file in files if not file.startswith("val/")}
+        val = {}
+    elif odd or (not val and Path(args.data, "val").exists()):
         raise UsageError("--data: val has no class folders with images, or others than train: "
                          f"{odd[:3]}")
     if not train:
@@ -316,7 +320,7 @@ def loader(source, batches, args):
     multiprocessing.set_forkserver_preload(["timm", "torchvision"])
     yield from DataLoader(
         source, batch_size=None, sampler=batches, num_workers=args.workers,
-        pin_memory=args.device.startswith("cuda"),
+        pin_memory=args.device.type == "cuda",
         multiprocessing_context=start if args.workers else None)
 
 
@@ -332,13 +336,12 @@ class Schedule:
     """Rate, images and noise of a step, by (seed, step) alone, at any number of ranks: a run can be
     cut anywhere and go on. A rank has `share` images of a step, in `parts` of at most `micro`."""
     def __init__(self, args, count):
-        self.count, self.seed, self.batch = count, args.seed, args.batch_size
-        self.per_epoch = count / self.batch  # steps
+        self.args, self.count = args, count
+        self.per_epoch = count / args.batch_size  # steps
         self.steps = max(1, int(args.epochs * self.per_epoch))
         self.warmup = int(args.warmup_epochs * self.per_epoch)
-        self.every = args.eval_every * self.per_epoch
-        self.peak, self.floor = args.blr * self.batch / 256, args.min_lr
-        self.share = self.batch // WORLD
+        self.peak = args.blr * args.batch_size / 256
+        self.share = args.batch_size // WORLD
         self.parts = math.ceil(self.share / args.micro_batch)
         self.micro = math.ceil(self.share / self.parts)
 
@@ -348,26 +351,28 @@ class Schedule:
             return self.peak * (step + 1) / self.warmup
         progress = (step + 1 - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.floor + (self.peak - self.floor) * cosine
+        return self.args.min_lr + (self.peak - self.args.min_lr) * cosine
 
     def evaluates(self, first, done):
         """Whether an evaluation falls due between two steps."""
-        return done == self.steps or int(done / self.every) > int(first / self.every)
+        every = self.args.eval_every * self.per_epoch
+        return done == self.steps or int(done / every) > int(first / every)
 
     def keys(self, step, rank):
         """The (epoch, index) of a rank's images."""
-        first = step * self.batch + rank * self.share
+        first = step * self.args.batch_size + rank * self.share
         places = [divmod(at, self.count) for at in range(first, first + self.share)]
-        return [(epoch, order(self.count, self.seed, epoch)[at]) for epoch, at in places]
+        return [(epoch, order(self.count, self.args.seed, epoch)[at]) for epoch, at in places]
 
     def batches(self, done):
         """The keys of this rank's micro-batches, from step `done` on."""
         for step in range(done, self.steps):
             yield from BatchSampler(self.keys(step, RANK), self.micro, drop_last=False)
 
-    def noise(self, step, width, device):
+    def noise(self, step, width):
         """Uniform noise [b,width] for each micro-batch of this rank."""
-        generator = torch.Generator(device).manual_seed(seed_of(self.seed, "step", step))
+        device = self.args.device
+        generator = torch.Generator(device).manual_seed(seed_of(self.args.seed, "step", step))
         noise = torch.rand(WORLD, self.share, width, generator=generator, device=device)
         return noise[RANK].split(self.micro)
 
@@ -389,8 +394,8 @@ class Classifier(nn.Module):
     def timm_state(self):
         """What timm.create_model(name, num_classes=C, global_pool="avg") loads strictly; but a
         probe's fc_norm is a BatchNorm."""
-        state = {name.removeprefix("student."): x for name, x in self.state_dict().items()}
-        return {name: x for name, x in state.items() if not name.startswith("norm.")}
+        return {name.removeprefix("student."): x for name, x in self.state_dict().items()
+                if not name.startswith("student.norm.")}
 
     def forward(self, images, path_noise=None):
         tokens = self.student(images, path_noise=path_noise)[-1]
@@ -410,11 +415,10 @@ def build(args):
         teacher = teacher.to(args.device, PRECISIONS[args.amp])
         model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
     elif len(classes) < 2:
-        raise UsageError(f"--task {args.task} needs two class folders or more right in train/; "
-                         f"there is {classes or 'none'}")
+        raise UsageError(f"--task {args.task} needs two class folders or more, not {classes}")
     else:
         model = Classifier(student, len(classes), args.task == "probe")
-    return model.to(args.device).train(), teacher, sources
+    return model.to(args.device), teacher, sources
 
 
 def layers(coarse):
@@ -432,8 +436,7 @@ def make_optimiser(model, args):
     groups = param_groups_layer_decay(
         model, args.weight_decay, exempt, layer_decay=args.layer_decay)
     if args.task != "probe":
-        beta2 = 0.999 if tuned else 0.95
-        return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999 if tuned else 0.95), fused=True)
     optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True)
     # fused SGD leaves this unset if fp16 skips the first step
     for parameter in model.head.parameters():
@@ -444,7 +447,7 @@ def make_optimiser(model, args):
 def make_scaler(args):
     """fp16's gradient scaler. Else the scale is 1, below it after a gradient that is not finite,
     and all that it does is to take no step with one, without asking the device."""
-    kind = args.device.partition(":")[0]
+    kind = args.device.type
     if args.amp == "fp16":
         return torch.amp.GradScaler(kind)
     return torch.amp.GradScaler(kind, init_scale=1.0, growth_interval=2 ** 31 - 1)
@@ -452,8 +455,7 @@ def make_scaler(args):
 
 def autocast(args):
     """The precision --amp, as a context for what is trained and rated."""
-    kind, dtype = args.device.partition(":")[0], PRECISIONS[args.amp]
-    return torch.autocast(kind, dtype, enabled=args.amp != "off")
+    return torch.autocast(args.device.type, PRECISIONS[args.amp], enabled=args.amp != "off")
 
 
 def poisoned(loss):
@@ -466,7 +468,7 @@ def mixing(data, args):
     if args.task == "finetune" and isinstance(data, Folder):
         classes = len(data.classes)
         return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
-                                v2.CutMix(alpha=1.0, num_classes=classes)])
+                                v2.CutMix(num_classes=classes)])
 
 
 # --- Evaluation: the ranks share the images -----------------------------------------------------
@@ -478,27 +480,22 @@ def gather(mine):
     return ranks
 
 
-def everyone(rows, count=None):
-    """The first `count` of all ranks' rows: tensors [m,…] -> [≤ m·W,…], in which row j·W + r
-    is row j of rank r."""
-    ranks = [rows] * WORLD
-    if WORLD > 1:
-        ranks = [torch.empty_like(rows) for _ in ranks]
-        dist.all_gather(ranks, rows.contiguous())
-    return rearrange(ranks, "w m ... -> (m w) ...")[:count]
-
-
 @torch.no_grad()
 def outputs(function, source, args):
-    """function(images) [m,…] and labels [m] of images r, r + W, … of a source, on rank r. All
-    ranks have m = ⌈n/W⌉: after the last of n the first come again."""
+    """function(images) and labels of this rank's images of a source: [m,…] and [m]."""
+    # which ends with some of other ranks' images, so that all have one at least
     share = DistributedSampler(source, WORLD, RANK, shuffle=False)
-    keys = [(0, index) for index in share]
-    batches = BatchSampler(keys, args.micro_batch, drop_last=False)
+    batches = BatchSampler([(0, index) for index in share], args.micro_batch, drop_last=False)
     with autocast(args):
-        rows = [(function(images.to(args.device)).float(), labels.to(args.device))
+        rows = [(function(images.to(args.device)).float(), labels)
                 for images, labels in loader(source, batches, args)]
-    return map(torch.cat, zip(*rows))
+    own = len(range(RANK, len(source), WORLD))
+    return [torch.cat(column)[:own] for column in zip(*rows)]
+
+
+def everyone(rows, dim=0):
+    """Every rank's rows, tensors [m,…] -> all of them, on the CPU."""
+    return torch.cat(gather(rows.cpu()), dim)
 
 
 def knn(encoder, bank, val, args):
@@ -507,18 +504,16 @@ def knn(encoder, bank, val, args):
     def feature(images):
         return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     keys, classes = outputs(feature, bank, args)
-    queries, labels = (everyone(x, len(val)) for x in outputs(feature, val, args))
-    again = len(bank) <= RANK + WORLD * torch.arange(len(keys), device=args.device)
-    votes = []
-    for query in queries.split(args.micro_batch):
-        cosine = (query @ keys.T).masked_fill(again, -math.inf)
-        cosine, index = cosine.topk(min(KNN["k"], len(keys)))
-        cosine, voters = (everyone(x.T).T for x in (cosine, classes[index]))
-        cosine, index = cosine.topk(min(KNN["k"], cosine.shape[1]))
-        ballots = F.one_hot(voters.gather(1, index), len(bank.classes))
-        weight = (cosine / KNN["temperature"]).exp()
-        votes.append(einsum(weight, ballots.float(), "q k, q k c -> q c"))
-    return accuracy(torch.cat(votes), labels)[0].item()
+    queries, labels = map(everyone, outputs(feature, val, args))
+    near = []
+    for query in queries.to(args.device).split(args.micro_batch):
+        cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)))
+        near.append(torch.stack([cosine.cpu(), classes[index.cpu()]]))
+    cosine, voters = everyone(torch.cat(near, dim=1), dim=2)
+    cosine, index = cosine.topk(min(KNN["k"], len(bank)))
+    votes = torch.zeros(len(val), len(bank.classes))
+    votes.scatter_add_(1, voters.gather(1, index).long(), (cosine / KNN["temperature"]).exp())
+    return accuracy(votes, labels)[0].item()
 
 
 def evaluate(model, bank, val, args):
@@ -527,7 +522,7 @@ def evaluate(model, bank, val, args):
     if args.task == "pretrain":
         result = dict(knn=knn(model.student, bank, val, args))
     else:
-        logits, labels = (everyone(x, len(val)) for x in outputs(model, val, args))
+        logits, labels = map(everyone, outputs(model, val, args))
         top1, top5 = accuracy(logits, labels, topk=(1, 5))
         result = dict(top1=top1.item(), top5=top5.item())
     model.train()
@@ -547,10 +542,9 @@ def write(path, content):
         raise UsageError(f"{path} could not be written, but is as it was: {error}") from error
 
 
-@contextlib.contextmanager
 def owned(out):
-    """Keeps other runs out of --out, at the latest until the process dies. UsageError if another
-    run has it, or it cannot be written."""
+    """A lock on the folder `out`, which it makes; it ends with the process at the latest.
+    UsageError if another run has it, or it cannot be written."""
     holder = out / f".holder{RANK}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -560,8 +554,7 @@ def owned(out):
         raise UsageError(f"--out {out} is in use by process {holder.read_text()}") from error
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
-    with lock:
-        yield
+    return lock
 
 
 def save(out, model, parts, **rest):
@@ -573,12 +566,6 @@ def save(out, model, parts, **rest):
         (out / "classes.txt").write_bytes(os.fsencode("\n".join(rest["classes"])))
     states = {name: part.state_dict() for name, part in parts.items()}
     write(out / "last.pt", states | rest)
-
-
-def lasting(args, data):
-    """The arguments, and the number of images, that may not change when a run goes on."""
-    arguments = {name: x for name, x in vars(args).items() if name not in FREE}
-    return arguments | {"images in --data": len(data)}
 
 
 def resume(out, model, parts, init, facts):
@@ -594,10 +581,10 @@ def resume(out, model, parts, init, facts):
         save(out, model, parts, step=0, log=[], **facts)
     gather(None)  # the other ranks wait for rank 0's file
     last = read_weights(path)
-    old, new = last.get("arguments", {}), facts["arguments"]
-    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new
-           if old.get(name) != new[name]
-           and (name != "epochs" or new[name] < old.get(name, math.inf))]
+    new = facts["arguments"]
+    old = dict(epochs=0) | last.get("arguments", {})
+    old["epochs"] = max(old["epochs"], new["epochs"])
+    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     if odd:
         raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
                          f"them, or start anew from its encoder: --init {path}, another --out")
@@ -618,35 +605,34 @@ class Meter:
         to do: the host may be steps ahead."""
         asked = time.perf_counter()
         batch = next(stream)
-        if not device.startswith("cuda") or torch.cuda.current_stream().query():
+        if device.type != "cuda" or torch.cuda.current_stream().query():
             self.waited += time.perf_counter() - asked
         return [x.to(device, non_blocking=True) for x in batch]
 
-    def read(self):
-        """Losses and norms of all ranks [steps,2,W], seconds, and the share of waiting in them.
-        Here the host waits for the device."""
+    def read(self, done, schedule, scaler, data):
+        """A line of the log, of the steps up to `done`. Here the host waits for the device.
+        UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
+        overflow while the scale adapts, until it is below 1; they count as 0."""
         steps = torch.stack(self.steps).tolist()
         seconds = time.perf_counter() - self.since
-        table = torch.tensor(gather(steps)).permute(1, 2, 0)
-        return table, seconds, self.waited / seconds
-
-
-def check_finite(table, first, schedule, scaler, data):
-    """UsageError if table [steps,2,W] has a loss or norm that is not finite: no step was taken with
-    it. In fp16 norms may overflow while the scale adapts, until it is below 1."""
-    finite = table.isfinite()
-    finite[:, 1] |= scaler.get_scale() >= 1
-    if not finite.all():
-        step, _, rank = (~finite).nonzero()[0].tolist()
-        step += first
-        names = [data.name(index) for _, index in schedule.keys(step, rank)]
-        raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
-                         f"{schedule.rate(step):.3g}; last.pt is of before; {names}")
+        table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
+        finite = table.isfinite()
+        finite[:, 1] |= scaler.get_scale() >= 1
+        if not finite.all():
+            step, _, rank = (~finite).nonzero()[0].tolist()
+            step += done - len(table)
+            names = [data.name(index) for _, index in schedule.keys(step, rank)]
+            raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
+                             f"{schedule.rate(step):.3g}; last.pt is of before; {names}")
+        return dict(loss=table[:, 0].mean().item(), step=done, epoch=done / schedule.per_epoch,
+                    images_per_s=len(table) * schedule.args.batch_size / seconds,
+                    data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
+                    grad_norm=table[:, 1, 0].nan_to_num(posinf=0.0).median().item())
 
 
 def wrap(model, teacher, args):
     """Model and teacher as the loop calls them: compiled on CUDA or if asked, and in DDP."""
-    if args.compile or (args.compile is None and args.device.startswith("cuda")):
+    if args.compile or (args.compile is None and args.device.type == "cuda"):
         # einops remembers a type of tensors at first sight, which would break a trace
         rearrange(next(model.parameters()), "... -> ...")
         model = torch.compile(model)
@@ -659,16 +645,15 @@ def wrap(model, teacher, args):
 def loss_of(network, teacher, images, labels, noise, args):
     """Scalar loss of a micro-batch: alignment with the teacher's levels and attention, or
     cross-entropy with the labels. The teacher runs in the precision of its weights."""
-    if teacher is not None:
-        levels, attention = teacher(images)
-        mask_noise, path_noise = noise.tensor_split([attention.shape[1]], dim=1)
+    if teacher is None:
         with autocast(args):
-            return network(images, levels, attention, mask_noise=mask_noise,
-                           path_noise=path_noise)
+            logits = network(images, noise)
+        smoothing = 0.1 if args.task == "finetune" else 0.0
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    levels, attention = teacher(images)
+    mask_noise, path_noise = noise.tensor_split([attention.shape[1]], dim=1)
     with autocast(args):
-        logits = network(images, noise)
-    smoothing = 0.1 if args.task == "finetune" else 0.0
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return network(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
 
 
 def announce(args, schedule, done, data, val, teacher):
@@ -679,16 +664,6 @@ def announce(args, schedule, done, data, val, teacher):
           f"{args.batch_size} = {WORLD} processes x {schedule.parts} x {schedule.micro}; "
           f"lr {schedule.peak:.2e}; {args.device} {args.amp}"
           f"{'; finished' * (done == schedule.steps)}", flush=True)
-
-
-def make_record(done, table, seconds, waited, schedule):
-    """A line of the log, on the steps of table [steps,2,W], which end with step `done`."""
-    norms = table[:, 1, 0]
-    norms = norms[norms.isfinite()]  # without the steps that fp16 has skipped
-    return dict(step=done, epoch=done / schedule.per_epoch, lr=schedule.rate(done - 1),
-                loss=table[:, 0].mean().item(),
-                grad_norm=norms.median().item() if len(norms) else None,
-                images_per_s=len(table) * schedule.batch / seconds, data_wait=waited)
 
 
 def progress(done, steps):
@@ -704,12 +679,7 @@ def train(args):
     log. UsageError if it cannot begin or go on."""
     out = Path(args.out)
     with owned(out):
-        try:
-            return run(args, out)
-        except KeyboardInterrupt as stop:
-            last = out / "last.pt"
-            step = read_weights(last)["step"] if last.exists() else 0
-            raise KeyboardInterrupt(f"{last} is of step {step}") from stop
+        return run(args, out)
 
 
 def run(args, out):
@@ -718,7 +688,9 @@ def run(args, out):
     schedule, mix = Schedule(args, len(data)), mixing(data, args)
     optimiser, scaler = make_optimiser(model, args), make_scaler(args)
     parts = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
-    facts = dict(classes=data.classes, arguments=lasting(args, data))
+    lasting = {name: value for name, value in vars(args).items() if name not in FREE}
+    lasting["images in --data"] = len(data)
+    facts = dict(classes=data.classes, arguments=lasting)
     done, log = resume(out, model, parts, args.init, facts)
     if RANK == 0:
         announce(args, schedule, done, data, val, teacher)
@@ -733,7 +705,7 @@ def run(args, out):
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step) * group["lr_scale"]
             losses = []
-            for part, noise in enumerate(schedule.noise(step, width, args.device)):
+            for part, noise in enumerate(schedule.noise(step, width)):
                 images, labels = meter.fetch(stream, args.device)
                 if mix:
                     torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
@@ -741,9 +713,8 @@ def run(args, out):
                 final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
                 with contextlib.nullcontext() if final else network.no_sync():
                     loss = loss_of(network, observe, images, labels, noise, args)
-                    # the last part may be smaller
-                    loss = loss * (len(images) * schedule.parts / schedule.share)
-                    scaler.scale(poisoned(loss) / schedule.parts).backward()
+                    loss = loss * (len(images) / schedule.share)  # the last part may be smaller
+                    scaler.scale(poisoned(loss)).backward()
                 losses.append(loss.detach())
             scaler.unscale_(optimiser)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -751,21 +722,17 @@ def run(args, out):
             scaler.step(optimiser)  # takes none if a gradient is not finite
             scaler.update()
             optimiser.zero_grad()
-            meter.steps.append(torch.stack([torch.stack(losses).mean(), norm]))
+            meter.steps.append(torch.stack([torch.stack(losses).sum(), norm]))
             done = step + 1
             saves = done % args.save_every == 0 or done == schedule.steps
             if not saves and done % LOG_EVERY:
                 continue
-            table, seconds, waited = meter.read()
-            first = done - len(table)
-            check_finite(table, first, schedule, scaler, data)
-            record = make_record(done, table, seconds, waited, schedule)
-            if val and schedule.evaluates(first, done):
+            record = meter.read(done, schedule, scaler, data)
+            if val and schedule.evaluates(done - len(meter.steps), done):
                 record |= evaluate(model, bank, val, args)
             log.append(record)
             sink.write(json.dumps(record) + "\n")
-            bar.set_postfix_str("loss {loss:.4f}, {images_per_s:.0f} images/s".format(**record),
-                                refresh=False)
+            bar.set_postfix(record, refresh=False)
             if saves and RANK == 0:
                 save(out, model, parts, step=done, log=log, **facts)
             meter = Meter()
@@ -778,13 +745,13 @@ def demo(args):
     """A teacher learns the digits with labels, for 0.45 of --epochs, and a student from it without,
     for 0.6, which takes three minutes on two CPU cores. All are rated by k-NN."""
     school, home = f"{args.out}/teacher", f"{args.out}/student"
-    lesson = dict(
-        task="finetune", student=args.teacher, epochs=0.45 * args.epochs, out=school)
-    train(argparse.Namespace(**vars(args) | lesson))
-    lesson = dict(
-        teacher_weights=f"{school}/student.pt", epochs=0.6 * args.epochs, out=home)
-    args = argparse.Namespace(**vars(args) | lesson)
-    run = train(args)
+
+    def lesson(share, **changes):
+        """One run, for a share of --epochs."""
+        changes["epochs"] = share * args.epochs
+        return train(argparse.Namespace(**vars(args) | changes))
+    lesson(0.45, task="finetune", student=args.teacher, out=school)
+    run = lesson(0.6, teacher_weights=f"{school}/student.pt", out=home)
     torch.manual_seed(args.seed)
     untrained = vit(args.student, image_size=args.image_size).to(args.device).eval()
     before = knn(untrained, run.bank, run.val, args)
@@ -802,7 +769,7 @@ def join_processes(args):
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise UsageError("SLURM started several tasks: start one, which starts torchrun")
     elif not dist.is_initialized():
-        if torch.cuda.is_available() and args.device != "cpu":
+        if args.device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
@@ -820,13 +787,16 @@ def main(argv=None):
     try:
         args = parse(argv)
         join_processes(args)
-        taught = args.teacher != DIGITS["teacher"] or args.teacher_weights != "pretrained"
-        is_demo = args.data.startswith("digits") and args.task == "pretrain" and not taught
+        asked = args.task, args.teacher, args.teacher_weights
+        digits = args.data.startswith("digits")
+        is_demo = digits and asked == ("pretrain", DIGITS["teacher"], "pretrained")
         (demo if is_demo else train)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
-    except KeyboardInterrupt as stop:
-        fail(f"interrupted: {stop}, from which the same command goes on", 130)
+    except KeyboardInterrupt:
+        saved = [f"{last} is of step {read_weights(last)['step']}"
+                 for last in Path(args.out).rglob("last.pt")]
+        fail(f"interrupted; the same command goes on: {', '.join(saved)}", 130)
     except UsageError as error:
         fail(str(error).rpartition("UsageError: ")[2])  # a worker puts its traceback before it
     except torch.OutOfMemoryError as error:
