@@ -1765,12 +1765,13 @@ RED, BLUE, WHITE, BLACK = (250, 10, 10), (10, 10, 250), (255, 255, 255), (0, 0, 
                                      "exif.jpg")),
     ("alpha.png", RED, WHITE), ("16.png", WHITE, BLACK), ("16.tif", WHITE, BLACK),
     ("float.tif", WHITE, BLACK), ("imagej.tif", WHITE, BLACK),
-    *((name, [234] * 3, [78] * 3) for name in ("grey16.png", "wide.tif"))])
+    *((name, [233] * 3, [78] * 3) for name in ("grey16.png", "wide.tif"))])
 def test_images_are_read_as_a_viewer_shows_them(zoo, tmp_path, name, left, right):
     shutil.copy(zoo / name, tmp_path)
     images, _ = sources(tmp_path)[1][[(0, 0)]]
+    off = 0 if name.endswith((".png", ".tif")) else 6  # the others lose something
     for column, colour in ((3, left), (28, right)):
-        assert (images[0, :, 16, column] - torch.tensor(colour)).abs().max() <= 6
+        assert (images[0, :, 16, column].int() - torch.tensor(colour)).abs().max() <= off
 
 
 def test_broken_files_are_named_once_and_their_neighbours_stand_in(zoo, tmp_path):
@@ -2725,11 +2726,15 @@ def test_fp16_may_skip_half_of_the_steps_and_the_log_stays_json(tmp_path, painte
 
 
 def test_fp16_that_skips_all_steps_ends(tmp_path, painted):
-    first = spoilt("output.register_hook(lambda grad: grad * float('nan'))").replace(
+    """And says a norm that is a number until then."""
+    first = spoilt(
+        "module.align.adaptors[0].bias.register_hook(lambda grad: grad + float('inf'))").replace(
         "len(steps) == 2", "len(steps) >= 2")
     done = run(*on_folder(painted, tmp_path, "--amp", "fp16", "--batch-size", 4, "--epochs", 3),
                first=first, code=2)
     assert "step" in one_line(done)
+    norms = logged(tmp_path, "grad_norm")
+    assert norms and all(0 <= norm < 1e6 for norm in norms)
 
 
 def test_a_probe_whose_first_step_fp16_skips_trains(tmp_path, painted):
