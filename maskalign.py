@@ -240,7 +240,7 @@ def load_encoder(network, source):
     while inner := [key for key in WRAPPERS if isinstance(state.get(key), dict)]:
         aside |= state.keys() - inner[:1]
         state = state[inner[0]]
-    state = {re.sub(PREFIXES, "", key): x for key, x in state.items() if torch.is_tensor(x)}
+    state = {re.sub(PREFIXES, "", str(key)): x for key, x in state.items() if torch.is_tensor(x)}
     # levels need no final norm, but SigLIP's pooling query reads its output
     spare = ASIDE if getattr(network, "attn_pool", None) else (*ASIDE, "norm.")
     own = network.state_dict()
@@ -259,7 +259,7 @@ def load_encoder(network, source):
     except Exception as error:  # torch's, a line for each kind of difference, or any of timm's
         lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
         raise UsageError(f"{source} does not fit the encoder: {' '.join(lines)}") from error
-    return sorted(aside | (state.keys() - used))
+    return sorted(map(str, aside | (state.keys() - used)))
 
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
@@ -393,7 +393,7 @@ def clip_network(name, weights, grid):
     entry = open_clip.get_pretrained_cfg(name, tag or "")
     if entry and entry.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise UsageError(f"{tag!r} and {name} differ in QuickGELU: add or drop -quickgelu")
-    if tag and not entry:
+    if tag is not None and not entry:
         read_weights(tag)  # raises; open_clip reads it again, without these checks
     # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
     # resamples positions with antialiasing.

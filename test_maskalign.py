@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import PIL.JpegImagePlugin
+import filelock
 import nbformat
 import numpy
 import open_clip
@@ -339,6 +340,7 @@ def formats(state):
         "wrapped": ({"state_dict": {"module": {"_orig_mod.module.student.encoder.backbone." + k: v
                                                for k, v in state.items()}}}, []),
         "with numbers": ({**state, "epoch": 3}, []),
+        "numbered": ({"model": state, 0: 1}, ["0"]),
     }
 
 
@@ -726,6 +728,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name, weights, says", [
+    ("ViT-B-16", "", "not read"),
     ("vit_smal_patch14_dinov2", None, "no teacher is called.*near it.*vit_small_patch14_dinov2"),
     ("vit_small_patch14_dinov2.lvd142", None, "near it are.*vit_small_patch14_dinov2.lvd142m"),
     ("ViT-B-16-quickgellu", None, "near it are.*ViT-B-16-quickgelu"),
@@ -1474,6 +1477,10 @@ BAD_INPUT = [
     (("--mask", "none"), "--mask"), (("--task", "both"), "--task"), (("--nonsense",), "nonsense"),
     (("--image-size", "30"), "30"), (("--image-size", "0"), "0"),
     (("--image-size", "large"), "large"), (("--seed", "-1"), "--seed"),
+    (("--init", ""), "--init"), (("--teacher-weights", ""), "--teacher-weights"),
+    (("--out", ""), "--out"), (("--data", "digits:10000000000"), "digits:10000000000"),
+    *((("--task", "probe", *more), "--micro-batch") for more in (
+        ("--micro-batch", "1"), ("--batch-size", "1"), ("--batch-size", "13", "--micro-batch", "4"))),
     (("--init", "/nowhere.pt"), "/nowhere.pt"),
     *[pytest.param(("--device", name), name, marks=pytest.mark.skipif(there, reason="is there"))
       for name, there in (("cuda", torch.cuda.is_available()),
@@ -1486,9 +1493,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, argv, says):
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_only_the_digits_have_a_demo(tmp_path, painted, capsys):
+def test_only_the_digits_have_a_demo(tmp_path, painted, capsys, monkeypatch):
+    shutil.copytree(painted, tmp_path / "digits_of_mine")
+    monkeypatch.chdir(tmp_path)
     assert "vit_digits_patch4_32" in refused(
-        capsys, *on_folder(painted, tmp_path / "out", "--teacher-weights", "pretrained"))
+        capsys, *on_folder("digits_of_mine", tmp_path / "out", "--teacher-weights", "pretrained"))
     assert not (tmp_path / "out" / "teacher").exists()
 
 
@@ -1729,13 +1738,17 @@ def zoo(tmp_path_factory):
     turned = Image.Exif()
     turned[0x0112] = 6  # a viewer turns what is stored by 90° clockwise
     image.rotate(90, expand=True).save(root / "exif.jpg", quality=95, exif=turned)
+    odd = b"Exif\0\0II*\0" + struct.pack(  # the same, and a resolution in letters
+        "<IHHHIIHHI4sI", 8, 2, 0x0112, 3, 1, 6, 0x011A, 2, 3, b"72\0\0", 0)
+    image.rotate(90, expand=True).save(root / "odd-exif.jpg", quality=95, exif=odd)
     clear = image.convert("RGBA")
     clear.paste((0, 0, 0, 0), (40, 0, 80, 40))
     clear.save(root / "alpha.png")
     half = torch.ones(40, 80)
     half[:, 40:] = 0
     for name, white, kind in (("16.png", 65535, "int32"), ("16.tif", 65535, "int32"),
-                              ("float.tif", 1, "float32")):
+                              ("float.tif", 1, "float32"), ("resized.tif", 1.01, "float32"),
+                              ("float255.tif", 255, "float32")):
         values = (half * white).numpy().astype(kind)
         Image.fromarray(values.astype("uint16") if kind == "int32" else values).save(root / name)
     big_endian = Image.fromarray((half * 65535).numpy().astype("uint16")).tobytes()
@@ -1762,9 +1775,9 @@ RED, BLUE, WHITE, BLACK = (250, 10, 10), (10, 10, 250), (255, 255, 255), (0, 0, 
 @pytest.mark.parametrize("name, left, right", [
     *((name, RED, BLUE) for name in ("plain.jpg", "png.JPEG", "UPPER.JPG", "a.jfif", "a.webp",
                                      "a.jp2", "a.avif", "cmyk.jpg", "palette.png", "animated.gif",
-                                     "exif.jpg")),
+                                     "exif.jpg", "odd-exif.jpg")),
     ("alpha.png", RED, WHITE), ("16.png", WHITE, BLACK), ("16.tif", WHITE, BLACK),
-    ("float.tif", WHITE, BLACK), ("imagej.tif", WHITE, BLACK),
+    *((name, WHITE, BLACK) for name in ("float.tif", "resized.tif", "float255.tif", "imagej.tif")),
     *((name, [233] * 3, [78] * 3) for name in ("grey16.png", "wide.tif"))])
 def test_images_are_read_as_a_viewer_shows_them(zoo, tmp_path, name, left, right):
     shutil.copy(zoo / name, tmp_path)
@@ -2445,6 +2458,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, folder):
     assert ".pt" in one_line(new) and not (tmp_path / "new" / "last.pt").exists()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_disk_that_is_too_full_for_the_log_is_one_line(tmp_path, painted, capsys):
+    argv = on_folder(painted, tmp_path, "--epochs", 1)
+    main(*argv)
+    good = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    assert str(tmp_path) in refused(capsys, *argv, "--epochs", 2)
+    assert (tmp_path / "last.pt").read_bytes() == good
+
+
 def test_an_out_that_cannot_be_or_goes_away_is_one_line(tmp_path, painted, capsys, hooks):
     (tmp_path / "file").touch()
     assert f"{tmp_path}/file" in refused(capsys, *on_folder(painted, tmp_path / "file" / "out"))
@@ -2464,6 +2488,14 @@ def test_two_runs_in_one_folder(tmp_path, painted):
     first.wait(-9)
     run(*argv)
     assert saved(tmp_path) == 12
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, painted, monkeypatch):
+    def acquire(lock, **options):
+        raise NotImplementedError("flock")
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    main(*on_folder(painted, tmp_path, "--epochs", 1))
+    assert saved(tmp_path) == 3
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -2767,6 +2799,8 @@ def test_little_shared_memory_is_told_at_once(tmp_path, painted, monkeypatch, ca
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_saved(tmp_path, painted):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "last.pt").touch()  # of another program
     argv = on_folder(painted, tmp_path, "--save-every", 5)
     done = run(*argv, code=130, first=signalled(7, "SIGINT"))
     said = re.search(r"step (\d+)", one_line(done, 130))

@@ -24,6 +24,7 @@ the loop, entry. A rank is a process, as in torch; all of them share the images 
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -65,28 +66,25 @@ PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 
 # --- Recipes and command line: each default stands here, once -----------------------------------
 RECIPES = {  # the paper's, for ViT-B on ImageNet
-    "pretrain": dict(epochs=200.0, warmup_epochs=20.0, batch_size=1024, blr=1.5e-4,
-                     min_lr=1e-5, weight_decay=0.05, drop_path=0.1, layer_decay=1.0,
-                     eval_every=20.0),
-    "finetune": dict(epochs=100.0, warmup_epochs=5.0, batch_size=1024, blr=3e-4,
-                     min_lr=1e-6, weight_decay=0.05, drop_path=0.2, layer_decay=0.55,
-                     eval_every=1.0),
-    "probe": dict(epochs=90.0, warmup_epochs=10.0, batch_size=16384, blr=0.025,
-                  min_lr=0.0, weight_decay=0.0, drop_path=0.0, layer_decay=1.0,
-                  eval_every=1.0)}
+    "pretrain": dict(epochs=200.0, warmup_epochs=20.0, batch_size=1024, blr=1.5e-4, min_lr=1e-5,
+                     weight_decay=0.05, drop_path=0.1, layer_decay=1.0, eval_every=20.0),
+    "finetune": dict(epochs=100.0, warmup_epochs=5.0, batch_size=1024, blr=3e-4, min_lr=1e-6,
+                     weight_decay=0.05, drop_path=0.2, layer_decay=0.55, eval_every=1.0),
+    "probe": dict(epochs=90.0, warmup_epochs=10.0, batch_size=16384, blr=0.025, min_lr=0.0,
+                  weight_decay=0.0, drop_path=0.0, layer_decay=1.0, eval_every=1.0)}
 COMMON = dict(
     task="pretrain", data="digits", out="out", init=None, seed=0,
-    student="vit_base_patch16_224", teacher="ViT-B-16-quickgelu",
-    teacher_weights="pretrained", levels=5, mask="attentive", mask_ratio=0.7, micro_batch=256,
-    save_every=1000, amp=None, device=None, workers=max(1, min(16, CPUS // LOCAL_WORLD)))
+    student="vit_base_patch16_224", teacher="ViT-B-16-quickgelu", teacher_weights="pretrained",
+    levels=5, mask="attentive", mask_ratio=0.7, micro_batch=256, save_every=1000, amp=None,
+    device=None, workers=max(1, min(16, CPUS // LOCAL_WORLD)))
 DIGITS = dict(  # for --data digits, whatever the task
     epochs=1.0, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
-    weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0, levels=3, workers=0,
-    student="vit_digits_patch4_32", teacher="vit_digits_patch4_32")
+    weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0,
+    student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
 CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=PRECISIONS)
 HIGHEST = dict(mask_ratio=1, drop_path=0.99, layer_decay=1)
-MAY_BE_0 = {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers",
-            "seed"}
+MAY_BE_0 = {
+    "min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers", "seed"}
 FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every",
         "eval_every", "local_rank"}  # what may differ when a run goes on
 
@@ -120,8 +118,9 @@ def parse(argv):
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_0 else 1e-12
         highest = HIGHEST.get(name, 2 ** 31)
-        if type(value) in (int, float) and not lowest <= value <= highest:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range")
+        is_number = type(value) in (int, float)
+        if value == "" or (is_number and not lowest <= value <= highest):
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}")
     if args.warmup_epochs > max(args.epochs, DIGITS["warmup_epochs"]):
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs "
                          f"{args.epochs:g}")
@@ -196,11 +195,13 @@ class Digits:
 
 def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16 or 32 bits: white is 65535, or 1 if no pixel is more
-        image = image.convert("F")
-        white = 65535 if image.getextrema()[1] > 1 else 1
-        image = image.point(lambda value: value * (255 / white) + 0.5).convert("L")
+    image.load()
+    with contextlib.suppress(Exception):  # turns the picture, and may fail at an odd tag after that
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # 16 or 32 bits; resizing leaves floats a little above their white
+        most = image.getextrema()[1] if image.mode == "F" else 65535
+        white = 1 if most < 2 else 255 if most < 256 else 65535
+        image = image.convert("F").point(lambda x: x * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -210,8 +211,7 @@ def as_seen(image):
 def augmentation(task, size):
     """A task's random crops and more, or just the centre: a Pillow image -> uint8 [3,H,W]."""
     if task is None:  # 7/8 of the shorter side, cut out before it is resized
-        fit = functools.partial(
-            ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
+        fit = functools.partial(ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
         return v2.Compose([fit, v2.PILToTensor()])
     area = (0.2 if task == "pretrain" else 0.08, 1.0)
     crop = v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC)
@@ -284,7 +284,7 @@ def labelled(files, split):
 def open_data(args, size):
     """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
     one to evaluate on, or None. UsageError without images, or if val's classes are not train's."""
-    if digits := re.fullmatch(r"digits(?::([1-9]\d*))?", args.data):
+    if digits := re.fullmatch(r"digits(?::([1-9]\d{0,8}))?", args.data):
         count = int(digits[1] or 76800)
         data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
@@ -344,6 +344,9 @@ class Schedule:
         self.share = args.batch_size // WORLD
         self.parts = math.ceil(self.share / args.micro_batch)
         self.micro = math.ceil(self.share / self.parts)
+        if args.task == "probe" and self.share == 1 + self.micro * (self.parts - 1):
+            raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
+                             "--batch-size or --micro-batch")
 
     def rate(self, step):
         """Learning rate: linear warm-up to the peak, then a cosine that ends at min_lr."""
@@ -554,6 +557,8 @@ def owned(out):
         raise UsageError(f"--out {out} is in use by process {holder.read_text()}") from error
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
+    except NotImplementedError:  # by a file system without locks
+        return contextlib.nullcontext()
     return lock
 
 
@@ -679,7 +684,12 @@ def train(args):
     log. UsageError if it cannot begin or go on."""
     out = Path(args.out)
     with owned(out):
-        return run(args, out)
+        try:
+            return run(args, out)
+        except KeyboardInterrupt as stop:
+            last = out / "last.pt"
+            step = read_weights(last)["step"] if last.exists() else 0
+            raise KeyboardInterrupt(f"{last} is of step {step}") from stop
 
 
 def run(args, out):
@@ -788,19 +798,21 @@ def main(argv=None):
         args = parse(argv)
         join_processes(args)
         asked = args.task, args.teacher, args.teacher_weights
-        digits = args.data.startswith("digits")
+        digits = args.data.partition(":")[0] == "digits"
         is_demo = digits and asked == ("pretrain", DIGITS["teacher"], "pretrained")
         (demo if is_demo else train)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
-    except KeyboardInterrupt:
-        saved = [f"{last} is of step {read_weights(last)['step']}"
-                 for last in Path(args.out).rglob("last.pt")]
-        fail(f"interrupted; the same command goes on: {', '.join(saved)}", 130)
+    except KeyboardInterrupt as stop:
+        fail(f"interrupted: {stop}, from which the same command goes on", 130)
     except UsageError as error:
         fail(str(error).rpartition("UsageError: ")[2])  # a worker puts its traceback before it
     except torch.OutOfMemoryError as error:
         fail(f"lower --micro-batch, now {args.micro_batch}: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"--out {args.out}: {error}")
 
 
 def fail(text, code=2):
