@@ -1501,6 +1501,11 @@ def test_only_the_digits_have_a_demo(tmp_path, painted, capsys, monkeypatch):
     assert not (tmp_path / "out" / "teacher").exists()
 
 
+def test_another_task_on_digits_is_no_demo(tmp_path):
+    main("--data", "digits:64", "--task", "probe", "--device", "cpu", "--out", tmp_path)
+    assert saved(tmp_path) == 1 and not (tmp_path / "teacher").exists()
+
+
 def test_what_may_be_zero(capsys):
     zero = set()
     for key in [key for key, v in vars(parse()).items() if type(v) in (int, float)]:
