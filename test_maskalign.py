@@ -388,6 +388,15 @@ def test_a_rectangle_loads_its_own_positions(tmp_path):
     torch.save(source.state_dict(), tmp_path / "file.pt")
     ma.load_encoder(target, tmp_path / "file.pt")
     assert torch.equal(source.pos_embed, target.pos_embed)
+    torch.save(small_vit(image_size=(12, 20)).state_dict(), tmp_path / "file.pt")
+    with pytest.raises(ma.UsageError, match="pos_embed"):  # nobody knows that 15 is 3 x 5
+        ma.load_encoder(target, tmp_path / "file.pt")
+
+
+def test_names_that_are_numbers_are_no_encoders(tmp_path):
+    torch.save({0: torch.zeros(2)}, tmp_path / "file.pt")
+    with pytest.raises(ma.UsageError, match="does not fit"):
+        ma.load_encoder(small_vit(), tmp_path / "file.pt")
 
 
 def without(key, state):
@@ -560,8 +569,9 @@ def test_a_failed_call_and_many_calls_leave_nothing(teachers, kind, monkeypatch)
         assert len(levels) == 2 and torch.equal(attention, first[1])
         assert all(map(torch.equal, levels, first[0]))
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    assert not [value for value in vars(teacher).values() if isinstance(value, (list, dict))
-                and any(torch.is_tensor(x) for x in list(value))]
+    for value in vars(teacher).values():
+        kept = value if isinstance(value, (list, dict)) else [value]
+        assert not any(map(torch.is_tensor, kept))
 
 
 @pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
@@ -1569,6 +1579,15 @@ train.main()
     done = run(*on_folder(painted, tmp_path), code=1, script=script)
     assert "Traceback" in done.err and "a, b = [1, 2, 3]" in done.err
     assert "ValueError: too many values to unpack" in done.err and "a line of my own" in done.err
+
+
+def test_a_slip_with_files_keeps_its_traceback_too(tmp_path, painted, hooks):
+    def slip(module, arguments):
+        if type(module).__name__ == "Block":
+            open(tmp_path / "nowhere")
+    hooks.before_forward(slip)
+    with pytest.raises(FileNotFoundError):
+        main(*on_folder(painted, tmp_path / "out"))
 
 
 def test_a_terminal_without_unicode_is_no_reason_to_stop(tmp_path, folder):
@@ -2813,6 +2832,15 @@ def test_ctrl_c_is_one_line_that_says_what_is_saved(tmp_path, painted):
     run(*argv)
     run(*argv, "--out", tmp_path / "whole")
     assert same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_before_anything_is_saved(tmp_path, painted, capsys, monkeypatch):
+    def stop(weight):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch.nn.init, "xavier_uniform_", stop)
+    with pytest.raises(SystemExit) as ended:
+        main(*on_folder(painted, tmp_path))
+    assert ended.value.code == 130 and "step 0" in capsys.readouterr().err
 
 
 def test_workers_change_nothing_in_a_script_without_a_guard(tmp_path, wild, background):

@@ -195,7 +195,6 @@ class Digits:
 
 def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
-    image.load()
     with contextlib.suppress(Exception):  # turns the picture, and may fail at an odd tag after that
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits; resizing leaves floats a little above their white
