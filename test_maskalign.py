@@ -159,11 +159,9 @@ def test_sincos_positions_equal_loops(quarter, rows, columns):
     table = ma.sincos_2d(4 * quarter, (rows, columns))
     assert table.shape == (1 + rows * columns, 4 * quarter) and not table[0].any()
     omega = [10000 ** (-i / quarter) for i in range(quarter)]
-    for row in range(rows):
-        for column in range(columns):
-            expected = [f(place * w) for place in (column, row) for f in (math.sin, math.cos)
-                        for w in omega]
-            assert torch.allclose(table[1 + row * columns + column], torch.tensor(expected))
+    expected = [[f(place * w) for place in (column, row) for f in (math.sin, math.cos)
+                 for w in omega] for row in range(rows) for column in range(columns)]
+    assert torch.allclose(table[1:], torch.tensor(expected))
     assert torch.equal(ma.sincos_2d(8, 3), ma.sincos_2d(8, (3, 3)))
 
 
@@ -303,7 +301,7 @@ def test_every_parameter_of_the_student_but_the_norm_gets_a_gradient():
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_encoder_is_exported_with_a_free_batch_size(dtype):
-    network, images = small_vit().eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
+    network, images = small_vit(depth=1).eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(network, (images[:3],), dynamic_shapes=({0: batch},)).module()
     traced = torch.jit.trace(network, (images[:3],))
@@ -1096,7 +1094,7 @@ exec(child)
 
 class Child:
     """A process that runs a script with arguments; to be waited for, read, or killed."""
-    server = None
+    server, queue = None, concurrent.futures.ThreadPoolExecutor(1)  # the server imports for seconds
 
     @classmethod
     def call(cls, order):
@@ -1116,10 +1114,14 @@ class Child:
     def __init__(self, *argv, first="", script=HERE / "train.py", largest_file=0, cwd=None,
                  anew=False, **env):
         self.folder, self.done = Path(tempfile.mkdtemp(prefix="child-")), None
-        self.pid = self.call(dict(
+        self.started = self.queue.submit(self.call, dict(
             folder=str(self.folder), here=str(HERE), script=str(script), first=first, anew=anew,
             argv=list(map(str, argv)), cwd=str(cwd or os.getcwd()), largest_file=largest_file,
             env={**os.environ, "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in env.items()}))
+
+    @property
+    def pid(self):
+        return self.started.result()
 
     @property
     def code(self):
@@ -1151,7 +1153,7 @@ class Child:
         return self.done
 
 
-Child.call(None)  # it imports while the first tests run
+Child.queue.submit(Child.call, None)  # it imports while the first tests run
 
 
 def run(*argv, code=0, **more):
