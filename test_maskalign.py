@@ -759,6 +759,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(offline, capsys, caplog, name,
     with pytest.raises(ma.UsageError, match=says) as error:
         ma.load_teacher(name, weights, grid=(4, 6))
     assert "\n" not in str(error.value).strip()
+    assert ("was not made" in str(error.value)) == ("--teacher-weights FILE" in says)
     assert not caplog.records and "ERROR" not in capsys.readouterr().err
     assert not logging.root.manager.disable
 
