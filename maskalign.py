@@ -398,7 +398,8 @@ def clip_network(name, weights, grid):
     # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
     # resamples positions with antialiasing.
     size = pixels(grid, patch_size)
-    return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
+    with torch.serialization.safe_globals(SAFE):  # read_weights has ended its own
+        return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
 
 
 def timm_network(name, weights, grid):

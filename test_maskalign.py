@@ -682,7 +682,8 @@ def test_our_vit_teaches_from_a_file_at_any_grid(tmp_path):
 def test_clip_teaches_from_a_file_at_the_students_grid(tmp_path, clip_name, patch):
     name = f"ViT-test-{patch}"
     whole = clip(name)
-    torch.save({"state_dict": whole.state_dict(), "epoch": 1}, tmp_path / "clip.pt")
+    torch.save({"state_dict": whole.state_dict(), "args": argparse.Namespace(lr=1)},
+               tmp_path / "clip.pt")
     own = ma.load_teacher(name, str(tmp_path / "clip.pt"), levels=2)
     assert own.grid == (12, 12) and own.image_size == (12 * patch, 12 * patch)
     assert alike(own.network.state_dict(), whole.visual.state_dict())
