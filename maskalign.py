@@ -398,7 +398,7 @@ def clip_network(name, weights, grid):
     # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
     # resamples positions with antialiasing.
     size = pixels(grid, patch_size)
-    with torch.serialization.safe_globals(SAFE):  # read_weights has ended its own
+    with torch.serialization.safe_globals(SAFE):
         return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
 
 
@@ -431,8 +431,7 @@ def load_teacher(name, weights=None, levels=5, grid=None):
     try:
         of_timm = ":" in name or name in timm.list_models() + timm.list_pretrained()
         create = timm_network if of_timm else clip_network  # hf-hub:USER/NAME is timm's
-        with torch.serialization.safe_globals(SAFE):
-            return Teacher(create(name, weights, grid), levels)
+        return Teacher(create(name, weights, grid), levels)
     except UsageError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
