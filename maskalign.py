@@ -170,7 +170,7 @@ class ViT(nn.Module):
         x = torch.cat([cls, patches], dim=1) + self.pos_embed
         if keep is not None:  # before the first block: a dropped patch costs nothing there
             x = take(x, keep)
-        noise = [None] * 2 * len(self.blocks)
+        noise = [None] * 2 * len(self.blocks)  # a block has two branches
         if self.training and any(self.drop_rates):
             if path_noise is None:
                 path_noise = torch.rand(len(x), len(noise), device=x.device)
@@ -305,7 +305,7 @@ class Teacher(nn.Module):
             blocks, patches = network.transformer.resblocks, network.conv1
             self.image_size, self.grid = network.image_size, network.grid_size
             self.mean_std = network.preprocess_cfg["mean"], network.preprocess_cfg["std"]
-        else:
+        else:  # timm's
             blocks, embed = network.blocks, network.patch_embed
             patches = embed.proj
             self.image_size, self.grid = embed.img_size, embed.grid_size
@@ -314,12 +314,13 @@ class Teacher(nn.Module):
         self.depth, self.dim = len(blocks), patches.out_channels
         self.patches = math.prod(self.grid)
         self.has_cls = attention is not getattr(network, "attn_pool", None)
-        self.outputs = []  # filled by hooks: bound methods, which deepcopy rebinds
+        # filled by hooks: bound methods, which deepcopy rebinds
+        self.outputs, self.q, self.k = [], None, None
         if not 1 <= levels <= self.depth:
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         for block in blocks[-levels:]:
             block.register_forward_hook(self.see_level)
-        if hasattr(attention, "k_norm"):
+        if hasattr(attention, "k_norm"):  # ours and timm's
             attention.q_norm.register_forward_hook(self.see_queries)
             attention.k_norm.register_forward_hook(self.see_keys)
             attention.register_forward_hook(self.turn_keys, with_kwargs=True)

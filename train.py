@@ -485,7 +485,7 @@ def gather(mine):
 @torch.no_grad()
 def outputs(function, source, args):
     """function(images) and labels of this rank's images of a source: [m,…] and [m]."""
-    # which ends with some of other ranks' images, so that all have one at least
+    # the sampler ends with some of other ranks' images, so that no rank is without one
     share = DistributedSampler(source, WORLD, RANK, shuffle=False)
     batches = BatchSampler([(0, index) for index in share], args.micro_batch, drop_last=False)
     with autocast(args):
@@ -507,7 +507,7 @@ def knn(encoder, bank, val, args):
         return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
     keys, classes = outputs(feature, bank, args)
     queries, labels = map(everyone, outputs(feature, val, args))
-    near = []
+    near = []  # cosine and class [2,q,≤k] of the nearest in this share, for each micro-batch
     for query in queries.to(args.device).split(args.micro_batch):
         cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)))
         near.append(torch.stack([cosine.cpu(), classes[index.cpu()]]))
