@@ -301,7 +301,7 @@ def test_every_parameter_of_the_student_but_the_norm_gets_a_gradient():
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_encoder_is_exported_with_a_free_batch_size(dtype):
-    network, images = small_vit(depth=1).eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
+    network, images = small_vit().eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(network, (images[:3],), dynamic_shapes=({0: batch},)).module()
     traced = torch.jit.trace(network, (images[:3],))
@@ -2782,11 +2782,11 @@ def test_fp16_may_skip_half_of_the_steps_and_the_log_stays_json(tmp_path, painte
     still = [torch.equal(a, b) for a, b in zip(matrices, matrices[1:])]
     assert still == [step % 2 == 1 for step in range(11)]
     assert logged(tmp_path) == [10, 12] and finite_weights(tmp_path)
-    assert all(0 <= norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
+    assert all(norm is None or 0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
 
 
 def test_fp16_that_skips_all_steps_ends(tmp_path, painted):
-    """And says a norm that is a number until then."""
+    """And the norms of the first two, which it took, are in the log until then."""
     first = spoilt(
         "module.align.adaptors[0].bias.register_hook(lambda grad: grad + float('inf'))").replace(
         "len(steps) == 2", "len(steps) >= 2")
@@ -2794,7 +2794,7 @@ def test_fp16_that_skips_all_steps_ends(tmp_path, painted):
                first=first, code=2)
     assert "step" in one_line(done)
     norms = logged(tmp_path, "grad_norm")
-    assert norms and all(0 <= norm < 1e6 for norm in norms)
+    assert norms and 0 < norms[0] < 1e6 and norms[1:] == [None] * (len(norms) - 1)
 
 
 def test_a_probe_whose_first_step_fp16_skips_trains(tmp_path, painted):

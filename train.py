@@ -616,7 +616,7 @@ class Meter:
     def read(self, done, schedule, scaler, data):
         """A line of the log, of the steps up to `done`. Here the host waits for the device.
         UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
-        overflow while the scale adapts, until it is below 1; they count as 0."""
+        overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
         seconds = time.perf_counter() - self.since
         table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
@@ -628,10 +628,12 @@ class Meter:
             names = [data.name(index) for _, index in schedule.keys(step, rank)]
             raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
                              f"{schedule.rate(step):.3g}; last.pt is of before; {names}")
+        norms = table[:, 1, 0]
+        norms = norms[norms.isfinite()]
         return dict(loss=table[:, 0].mean().item(), step=done, epoch=done / schedule.per_epoch,
                     images_per_s=len(table) * schedule.args.batch_size / seconds,
                     data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
-                    grad_norm=table[:, 1, 0].nan_to_num(posinf=0.0).median().item())
+                    grad_norm=norms.median().item() if len(norms) else None)
 
 
 def wrap(model, teacher, args):
