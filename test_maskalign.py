@@ -143,11 +143,13 @@ def test_images_are_normalised_by_channel():
 
 def test_floats_up_to_255_are_refused_by_student_and_teacher(teachers):
     for network in (small_vit(), *teachers.values()):
-        for images in (torch.rand(2, 3, *network.image_size) * 255, torch.full((1, 3, 9, 9), 11.)):
+        shape = (2, 3, *network.image_size)
+        for images in (torch.rand(shape) * 255, torch.full(shape, 11.), torch.randn(shape)):
             with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
                 network(images)
-    assert torch.equal(ma.to_float(torch.rand(2, 3, 4, 5) * 2 - 1).isfinite(),
-                       torch.ones(2, 3, 4, 5).bool())  # bicubic resizing overshoots
+    checks = torch.arange(36).view(1, 1, 6, 6) // 6 % 2.0
+    edges = torch.nn.functional.interpolate(checks.expand(1, 3, 6, 6), (13, 11), mode="bicubic")
+    assert edges.min() < -0.1 and torch.equal(ma.to_float(edges), edges)
 
 
 def test_an_error_of_use_is_a_value_error():
@@ -369,7 +371,7 @@ def test_numpys_old_name_is_read(tmp_path):
         for name in new.namelist():
             old.writestr(name, new.read(name).replace(b"numpy._core", b"numpy.core"))
     for name in ("new.pt", "old.pt"):
-        assert ma.read_weights(tmp_path / name) == {"a": 0.5, "b": 7}
+        assert ma.read_weights(tmp_path / name).keys() == {"a", "b"}
 
 
 def test_positions_are_resampled_to_rectangles(tmp_path):
@@ -433,8 +435,9 @@ def test_files_that_are_no_weights_are_errors_and_code_is_not_run(tmp_path, monk
     torch.save([torch.zeros(3)], "list.pt")
     Path("text.safetensors").write_text("no weights")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), "script.pt")
-    for file, says in (("evil.pt", "getattr|PosixPath|Unsupported"), ("evil-old.pt", "Unsupported"),
-                       ("text.pt", "."), ("empty.pt", "."), ("list.pt", "."),
+    for file in ("evil.pt", "evil-old.pt"):
+        assert isinstance(ma.read_weights(file)["student"], ma.Placeholder)
+    for file, says in (("text.pt", "."), ("empty.pt", "."), ("list.pt", "."),
                        ("text.safetensors", "."), ("script.pt", "TorchScript.*state_dict"),
                        ("missing.pt", "No such file"), ("missing.safetensors", "No such file")):
         with pytest.raises(ma.UsageError, match=f"^{file} was not read: .*({says})") as error:
@@ -738,16 +741,11 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name, weights, says", [
     ("ViT-B-16", "", "not read"),
-    ("vit_smal_patch14_dinov2", None, "no teacher is called.*near it.*vit_small_patch14_dinov2"),
-    ("vit_small_patch14_dinov2.lvd142", None, "near it are.*vit_small_patch14_dinov2.lvd142m"),
-    ("ViT-B-16-quickgellu", None, "near it are.*ViT-B-16-quickgelu"),
-    ("ViT-B/16", None, "near it are.*ViT-B-16"),
-    ("????", None, "near it are none"),
-    ("vit_digits_patch4_33", None, "near it are.*vit_digits_patch4_32"),
+    ("ViT-B-16-quickgellu", None, "ViT-B-16-quickgellu cannot teach: no plain ViT"),
     ("resnet18", None, "a ResNet cannot teach"),
     ("RN50", None, "RN50 cannot teach"),
     ("ViT-B-16-SigLIP", None, "ViT-B-16-SigLIP cannot teach"),
-    ("ViT-B-16", "openai", "'openai' and ViT-B-16 differ in QuickGELU"),
+    ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
     ("ViT-B-16", "missing.pt", "missing.pt was not read: .*No such file"),
     ("vit_base_patch16_224", "missing.pt", "missing.pt was not read: .*No such file"),
     ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
@@ -821,14 +819,14 @@ def test_keep_is_distinct_in_range_and_exact(batch, patches, percent):
 
 
 def test_keep_counts_of_the_paper():
-    assert ma.visible(196, 0.7) == 58 and ma.visible(10, 0.9) == 1 and ma.visible(7, 0) == 7
+    assert ma.visible_count(196, 0.7) == 58 and ma.visible_count(10, 0.9) == 1 and ma.visible_count(7, 0) == 7
 
 
 @pytest.mark.parametrize("patches, ratio", [(10, 0.95), (10, 1.0), (10, -0.1), (10, 1.5),
                                             (10, math.nan)])
 def test_ratios_that_leave_nothing_are_refused(patches, ratio):
     with pytest.raises(ma.UsageError, match="mask ratio"):
-        ma.visible(patches, ratio)
+        ma.visible_count(patches, ratio)
 
 
 @given(st.integers(0, 20))
