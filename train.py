@@ -1,39 +1,69 @@
-"""Train and evaluate with MaskAlign (maskalign.py).
+"""Pre-train, fine-tune, probe and evaluate with MaskAlign (maskalign.py).
 
     python train.py                                                  # demo: digits, no download
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
     python train.py --task finetune --init out/student.pt --data /imagenet --out tune   # or probe
+    python train.py --task finetune --init tune/classifier.pt --data /other --epochs 0  # evaluate
 
---data             a folder with train/ and val/ of one folder per class; any folder of images;
-                   digits, drawn as needed, or digits:N, the same N in every epoch
---out              folder of last.pt, student.pt, log.jsonl; a run that is found there goes on
---student          a size in maskalign.VITS; --image-size N or HxW: pixels, if not the student's own
---init             a file of weights to start from
---teacher          a ViT of open_clip, of timm, or in maskalign.VITS
---teacher-weights  pretrained: as published; random: for timing; a tag of open_clip; a file
---levels           K, the last blocks of the teacher that are aligned
---batch-size       images of an optimiser step, of all processes; --micro-batch: the most that one
-                   process has in a forward pass; gradients are accumulated as needed
---blr              learning rate of 256 images, in proportion for others; --min-lr: the last step's
---save-every       optimiser steps; --eval-every, --epochs and --warmup-epochs: epochs
---drop-path        of the last block; --layer-decay: of the learning rate, from block to block
---amp              bf16, fp16 or off, if not the best that the device has; --compile: as on CUDA
+task and data:          default; that for digits where it differs
+  --task {pretrain,finetune,probe}  pretrain  what is trained: MaskAlign, a classifier, or its head
+  --data DIR            digits     train/ and val/ with a folder per class, or any folder of images;
+                                   digits: rendered as needed, digits:N: the same N every epoch
+  --workers INT         -  0       loader processes per rank; default: its CPUs, at most 16
 
-Order below: recipes and command line, data, schedule, model and optimiser, evaluation, checkpoints,
-the loop, entry. A rank is a process, as in torch; all of them share the images of a step.
+model:                  default; that for digits where it differs
+  --student NAME        vit_base_patch16_224  vit_digits_patch4_32  a size in maskalign.VITS
+  --init FILE           -          an encoder to start from, or a classifier of the same classes
+  --image-size HxW      -          pixels, or N for NxN; default: the student's own
+  --teacher NAME        ViT-B-16-quickgelu  vit_digits_patch4_32  of open_clip, timm, or VITS
+  --teacher-weights W   pretrained  or a file, a tag of open_clip, or random (for timing)
+  --levels N            5  3       K, the number of the teacher's last blocks that are aligned
+  --mask {attentive,random}  attentive  how the visible patches are drawn
+  --mask-ratio R        0.7        share of the patches that the student does not see
+
+optimisation:           pretrain  finetune  probe  digits
+  --epochs X            200       100       90     1      passes over the data; 0: only evaluate
+  --warmup-epochs X     20        5         10     0.1    linear; a cosine follows
+  --batch-size N        1024      1024      16384  64     images per optimiser step, of all ranks
+  --blr X               1.5e-4    3e-4      0.025  8e-3   peak learning rate per 256 images
+  --min-lr X            1e-5      1e-6      0      1e-6   learning rate of the last step
+  --weight-decay X      0.05      0.05      0      0.05   of AdamW
+  --drop-path P         0.1       0.2       0      0      rate of the last block, linear in depth
+  --layer-decay R       1         0.55      1      1      factor of the learning rate per block
+  --eval-every X        20        1         1      1      epochs; 0: only at the end
+
+run:                    default
+  --out DIR             out        last.pt, student.pt, log.jsonl; the same command resumes it
+  --micro-batch N       256        most images in a forward pass; gradients are accumulated
+  --save-every N        1000       optimiser steps
+  --seed INT            0          of weights, data and masks
+  --amp {bf16,fp16,off}  -         default: the best that the device has
+  --device NAME         -          default: cuda if there is one, else cpu
+  --[no-]compile                   torch.compile; default: on cuda
+
+Below: command line, ranks and signals, data, schedule, model and optimiser, evaluation,
+checkpoints, the loop, entry. A rank is a process, as in torch; the ranks share a step's images.
 """
 import argparse
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
 import json
 import math
 import os
+import random
 import re
+import select
 import shutil
+import signal
 import sys
+import threading
 import time
+import unicodedata
+import warnings
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,99 +72,89 @@ import numpy
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
 from torch import distributed as dist, multiprocessing, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from maskalign import (
-    MaskAlign, UsageError, load_encoder, load_teacher, read_weights, vit, whiten)
+    MaskAlign, UsageError, attentive_keep, load_encoder, load_teacher, read_weights, vit, whiten)
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
+# what torchrun says of this process
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
+    int(os.environ.get(name) or default) for name, default in
+    dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).items())
 # on Linux a process may use fewer CPUs than there are
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LOG_EVERY = 10  # optimiser steps; in between the host does not wait for the GPU
-KNN = dict(k=20, temperature=0.07)
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
+FREE = {"out", "data", "init", "workers", "device", "compile", "micro_batch", "save_every",
+        "eval_every"}  # arguments that may differ when a run is resumed
 
-# --- Recipes and command line: each default stands here, once -----------------------------------
-RECIPES = {  # the paper's, for ViT-B on ImageNet
-    "pretrain": dict(epochs=200.0, warmup_epochs=20.0, batch_size=1024, blr=1.5e-4, min_lr=1e-5,
-                     weight_decay=0.05, drop_path=0.1, layer_decay=1.0, eval_every=20.0),
-    "finetune": dict(epochs=100.0, warmup_epochs=5.0, batch_size=1024, blr=3e-4, min_lr=1e-6,
-                     weight_decay=0.05, drop_path=0.2, layer_decay=0.55, eval_every=1.0),
-    "probe": dict(epochs=90.0, warmup_epochs=10.0, batch_size=16384, blr=0.025, min_lr=0.0,
-                  weight_decay=0.0, drop_path=0.0, layer_decay=1.0, eval_every=1.0)}
-COMMON = dict(
-    task="pretrain", data="digits", out="out", init=None, seed=0,
-    student="vit_base_patch16_224", teacher="ViT-B-16-quickgelu", teacher_weights="pretrained",
-    levels=5, mask="attentive", mask_ratio=0.7, micro_batch=256, save_every=1000, amp=None,
-    device=None, workers=max(1, min(16, CPUS // LOCAL_WORLD)))
-DIGITS = dict(  # for --data digits, whatever the task
-    epochs=1.0, warmup_epochs=0.1, batch_size=64, blr=8e-3, min_lr=1e-6,
-    weight_decay=0.05, drop_path=0.0, layer_decay=1.0, eval_every=1.0,
-    student="vit_digits_patch4_32", teacher="vit_digits_patch4_32", levels=3, workers=0)
-CHOICES = dict(task=RECIPES, mask=("attentive", "random"), amp=PRECISIONS)
-HIGHEST = dict(mask_ratio=1, drop_path=0.99, layer_decay=1)
-MAY_BE_0 = {
-    "min_lr", "warmup_epochs", "weight_decay", "drop_path", "mask_ratio", "workers", "seed"}
-FREE = {"out", "data", "workers", "device", "compile", "micro_batch", "save_every",
-        "eval_every", "local_rank"}  # what may differ when a run goes on
+
+# --- Command line: options and their defaults are those of the docstring ------------------------
+def number(kind, lowest, highest=2 ** 31):
+    """A type for argparse: numbers from lowest to highest."""
+    def number(text):
+        if not lowest <= kind(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {lowest} and {highest}")
+        return kind(text)
+    return number
 
 
 def image_size(text):
-    """"N" or "HxW" -> (height, width) in pixels."""
+    """A type for argparse: "N" or "HxW" -> (height, width) in pixels."""
     height, _, width = text.partition("x")
-    size = int(height), int(width or height)
-    if min(size) < 1:
-        raise ValueError
-    return size
+    return number(int, 1)(height), number(int, 1)(width or height)
+
+
+TYPES = dict(N=number(int, 1), INT=number(int, 0), X=number(float, 0), R=number(float, 0, 1),
+             P=number(float, 0, 0.99), HxW=image_size)
 
 
 def parse(argv):
-    """A command line -> all arguments, with the task's defaults. UsageError if they cannot be."""
-    parser = argparse.ArgumentParser(
-        "train.py", usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"defaults: {COMMON}\n\nby task: {RECIPES}\n\nfor digits: {DIGITS}")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--image-size", type=image_size)
-    parser.add_argument("--local-rank", help=argparse.SUPPRESS)  # of torch.distributed.launch
-    for name, default in (COMMON | RECIPES["pretrain"]).items():
-        kind = str if default is None else type(default)
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=kind, default=default, choices=CHOICES.get(name))
+    """A command line -> all arguments, with the task's defaults. Raises UsageError if they do not
+    fit together; exits as argparse does if one is invalid."""
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
+    option("--compile", action=argparse.BooleanOptionalAction)
+    defaults = {}  # for pretrain, finetune, probe, digits
+    for line in re.findall("^  (--[a-z].+)", __doc__, re.M):
+        words, *row, _ = re.split("  +", line)
+        flag, metavar = words.split()
+        choices = metavar[1:-1].split(",") if metavar[0] == "{" else None
+        row = [None if default == "-" else default for default in row]
+        action = option(flag, type=TYPES.get(metavar, str), choices=choices, default=row[0])
+        defaults[action.dest] = row if len(row) == 4 else row[:1] * 3 + row[-1:]
     first = parser.parse_args(argv)
-    digits = DIGITS if first.data.partition(":")[0] == "digits" else {}
-    parser.set_defaults(**RECIPES[first.task] | digits)
+    column = 3 if is_digits(first.data) else ("pretrain", "finetune", "probe").index(first.task)
+    parser.set_defaults(**{name: row[column] for name, row in defaults.items()})
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_0 else 1e-12
-        highest = HIGHEST.get(name, 2 ** 31)
-        is_number = type(value) in (int, float)
-        if value == "" or (is_number and not lowest <= value <= highest):
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}")
-    if args.warmup_epochs > max(args.epochs, DIGITS["warmup_epochs"]):
+    if "" in vars(args).values():
+        raise UsageError("an option has an empty value")
+    if not is_digits(args.data) and 0 < args.epochs < args.warmup_epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs "
                          f"{args.epochs:g}")
     if args.batch_size % WORLD:
         raise UsageError(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks")
+    if args.workers is None:
+        args.workers = max(1, min(16, CPUS // LOCAL_WORLD))
     choose_device(args)
     return args
 
 
 def choose_device(args):
-    """Settle args.device and args.amp. UsageError if the device is not there."""
+    """Set args.device and args.amp. Raises UsageError if there is no such device."""
     try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = torch.device(args.device or best)
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if args.device.type == "cuda" and WORLD > 1:
+            torch.cuda.set_device(LOCAL_RANK)  # before anything opens a context on GPU 0
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:
         raise UsageError(f"--device {args.device}: {error}") from error
@@ -142,68 +162,134 @@ def choose_device(args):
     args.amp = args.amp or (half if args.device.type == "cuda" else "off")
 
 
+# --- Ranks and signals --------------------------------------------------------------------------
+SIGNALS = {number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+stop = SimpleNamespace(signal=0, unsaved=False, saved="nothing was trained yet")
+
+
+def listen(workers):
+    """Answer signals from now on. What starts the loader's workers is started first, with signals
+    blocked, and so are they: SLURM and terminals send them to all."""
+    if workers and sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        resource_tracker.ensure_running()  # which unblocks two of them here
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+
+
+def on_signal(number, frame):
+    """End at once if every step is saved, or at a second Ctrl-C; else the loop saves first, at the
+    end of the step or, with several ranks, where they next agree on it."""
+    insists = number == stop.signal == signal.SIGINT
+    stop.signal = number
+    if insists or not stop.unsaved:
+        leave()
+
+
+def leave():
+    """End the process here, with 128 + the signal."""
+    if RANK == 0:
+        os.write(2, os.fsencode(f"\ntrain.py: {stop.saved}; the same command resumes there\n"))
+    os._exit(128 + stop.signal)
+
+
+def follow(pid, worker):
+    """In a loader's worker: end when its rank does, be it killed (Linux). The worker's parent is
+    the fork server, which would live on with it."""
+    with contextlib.suppress(AttributeError, PermissionError):
+        life = os.pidfd_open(pid)
+        ended = functools.partial(select.select, [life], [], [])
+        threading.Thread(target=lambda: ended() and os._exit(1), daemon=True).start()
+
+
+def gather(mine):
+    """Any object -> every rank's, by rank; all wait for the last."""
+    ranks = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, mine)
+    return ranks
+
+
+def everyone(rows, dim=0):
+    """Every rank's rows, tensors [m,…] -> all of them, on the CPU."""
+    return torch.cat(gather(rows.cpu()), dim)
+
+
+def progress(items, **more):
+    """tqdm on rank 0: a bar on a terminal, a line every 30 s elsewhere."""
+    if not sys.stderr.isatty():
+        more |= dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar}{r_bar}\n")
+    return tqdm(items, disable=RANK > 0, **more)
+
+
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
+multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # which take seconds
+# Pillow's 1 MB bounds the text and colour profiles of a PNG; its bound of the pixels stays
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
+
+
 def seed_of(*key):
     """Any key -> a 63-bit seed, the same on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16)
+
+
+def is_digits(data):
+    """Whether --data is that of the demo, digits or digits:N."""
+    return data.partition(":")[0] == "digits"
+
+
+@functools.cache
+def font(size):
+    """Pillow's own; a Digits does not hold it, for it cannot be sent to a worker."""
+    return ImageFont.load_default(size)
 
 
 class Digits:
-    """`count` digits in random places, sizes and colours, as images of a size (H, W), in every
-    epoch the same if `fixed`. As from every source: source[keys], of a micro-batch of keys
-    (epoch, index) -> images uint8 [b,3,H,W], labels [b]."""
+    """`count` digits of random place, size, angle and colours, as images of a size (H, W), the same
+    in every epoch if `fixed`. As from every source: source[keys], of a micro-batch of keys (epoch,
+    index) -> images uint8 [b,3,H,W], labels [b]."""
+    classes = list("0123456789")
+    name = int  # what an image is called in messages
+
     def __init__(self, count, size, seed, fixed):
         self.count, self.size, self.seed, self.fixed = count, size, seed, fixed
-        self.classes = list("0123456789")
-        height, width = size
-        font = ImageFont.load_default(height * 7 / 8)  # Pillow's own
-        self.glyphs = torch.zeros(10, 1, height, width)
-        for glyph, digit in zip(self.glyphs, self.classes):
-            image = Image.new("L", (width, height))
-            ImageDraw.Draw(image).text((width / 2, height / 2), digit, 255, font, "mm")
-            glyph += v2.functional.pil_to_tensor(image) / 255
 
     def __len__(self):
         return self.count
 
-    def name(self, index):
-        """What an image is called in messages."""
-        return index
+    def render(self, epoch, index):
+        """An image uint8 [3,H,W]."""
+        draw = random.Random(seed_of(self.seed, not self.fixed and epoch, index))
+        height, width = self.size
+        glyph = Image.new("L", (width, height))
+        place = width * draw.uniform(0.35, 0.65), height * draw.uniform(0.35, 0.65)
+        size = height * draw.choice((0.55, 0.7, 0.85, 1))
+        ImageDraw.Draw(glyph).text(place, str(index % 10), 255, font(size), "mm")
+        ground = Image.frombytes("RGB", (4, 4), bytes(draw.choices(range(39), k=48)))
+        image = ground.resize(glyph.size, Image.BILINEAR)
+        ink = tuple(draw.choices(range(204, 256), k=3))
+        image.paste(ink, mask=glyph.rotate(draw.uniform(-30, 30), Image.BILINEAR))
+        return v2.functional.pil_to_tensor(image)
 
     def __getitem__(self, keys):
-        noise = []
-        for epoch, index in keys:
-            seed = seed_of(self.seed, 0 if self.fixed else epoch, index)
-            noise.append(torch.rand(55, generator=torch.Generator().manual_seed(seed)))
-        u = torch.stack(noise, dim=1)
-        labels = torch.tensor([index % 10 for _, index in keys])
-        angle = u[0] - 0.5
-        scale = 0.8 + 0.8 * u[1]
-        x, y = (u[2:4] - 0.5) * 0.6 * scale
-        cos = angle.cos() * scale
-        sin = angle.sin() * scale
-        theta = rearrange([cos, -sin, x, sin, cos, y], "(i j) b -> b i j", i=2)
-        grid = F.affine_grid(theta, [len(keys), 1, *self.size], align_corners=False)
-        alpha = F.grid_sample(self.glyphs[labels], grid, align_corners=False)
-        ink = rearrange(0.8 + 0.2 * u[4:7], "c b -> b c 1 1")
-        ground = rearrange(0.15 * u[7:], "(c h w) b -> b c h w", c=3, h=4)
-        ground = F.interpolate(ground, self.size, mode="bilinear", align_corners=False)
-        images = ground + alpha * (ink - ground)
-        return (images * 255).round().byte(), labels
+        images = [self.render(*key) for key in keys]
+        return torch.stack(images), torch.tensor([index % 10 for _, index in keys])
 
 
 def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
     with contextlib.suppress(Exception):  # turns the picture, and may fail at an odd tag after that
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16 or 32 bits; resizing leaves floats a little above their white
-        most = image.getextrema()[1] if image.mode == "F" else 65535
-        white = 1 if most < 2 else 255 if most < 256 else 65535
+    if image.mode[0] in "IF":  # 16 bits, or floats, whose white is the brightest
+        white = image.getextrema()[1] or 1 if image.mode == "F" else 65535
         image = image.convert("F").point(lambda x: x * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -212,9 +298,15 @@ def augmentation(task, size):
     if task is None:  # 7/8 of the shorter side, cut out before it is resized
         fit = functools.partial(ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
         return v2.Compose([fit, v2.PILToTensor()])
-    area = (0.2 if task == "pretrain" else 0.08, 1.0)
-    crop = v2.RandomResizedCrop(size, area, interpolation=Image.BICUBIC)
-    more = [v2.RandAugment(2, 9), v2.RandomErasing(0.25)] if task == "finetune" else []
+    aspect = size[1] / size[0]
+    # Deviation: crops are resized, turned and erased as uint8 tensors by torchvision: turned
+    # bilinearly, erased with ImageNet's mean colour, where MAE's are bicubic, with noise.
+    crop = v2.RandomResizedCrop(size, (0.2 if task == "pretrain" else 0.08, 1.0),
+                                (3 / 4 * aspect, 4 / 3 * aspect), Image.BICUBIC)
+    mean, more = (124, 116, 104), []
+    if task == "finetune":
+        more = [v2.RandAugment(2, 9, interpolation=Image.BILINEAR, fill=mean),
+                v2.RandomErasing(0.25, value=mean)]
     return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(), *more])
 
 
@@ -226,8 +318,7 @@ class Folder:
         self.augment = augmentation(task, size)
         names = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
         self.names = torch.from_numpy(names.view("u1").reshape(len(files), -1))
-        labels = numpy.searchsorted(classes or [""], list(files.values()))
-        self.labels = torch.from_numpy(labels)
+        self.labels = torch.tensor(numpy.searchsorted(classes or [""], list(files.values())))
         self.bad = torch.zeros(len(files), dtype=torch.bool)
 
     def __len__(self):
@@ -239,7 +330,7 @@ class Folder:
 
     def read(self, epoch, index):
         """An image uint8 [3,H,W] and its label; the next readable one's if it cannot be read, which
-        is said once. UsageError if more than ten and more than a hundredth of all cannot."""
+        is said once. Raises UsageError if more than ten and more than 1 % of all cannot."""
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         while True:
             name = self.name(index)
@@ -265,38 +356,41 @@ class Folder:
 
 def scan(root):
     """The images in a folder and below, sorted, as paths from there with "/" between folders.
-    Hidden entries, as .ipynb_checkpoints and a Mac's ._x.jpg and __MACOSX, are none."""
+    Hidden entries, as .ipynb_checkpoints and a Mac's ._x.jpg and __MACOSX, are skipped."""
     found = []
     for at, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         at = Path(os.path.relpath(at, root))
-        found += [(at / name).as_posix() for name in names
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return sorted(found)
+        found += [(at / name).as_posix() for name in names if not name.startswith(".")]
+    images = [file for file in found if file.lower().endswith(EXTENSIONS)]
+    if others := sorted({Path(file).suffix for file in set(found) - set(images)}):
+        print(f"--data: {len(found) - len(images)} files of other kinds are not read: {others[:9]}")
+    return sorted(images)
 
 
 def labelled(files, split):
-    """Those of the files that lie in class folders of a split -> {file: class}."""
-    return {file: file.split("/")[1] for file in files if re.match(f"{split}/.+/", file)}
+    """Those of the files that lie in class folders of a split -> {file: class}; é is one letter,
+    whether the file system writes it as one character or, as a Mac's, as two."""
+    return {file: unicodedata.normalize("NFC", file.split("/")[1]) for file in files
+            if re.match(f"{split}/.+/", file)}
 
 
 def open_data(args, size):
     """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
-    one to evaluate on, or None. UsageError without images, or if val's classes are not train's."""
+    one to evaluate on, or None. Raises UsageError without images, or if val's classes are not
+    train's."""
     if digits := re.fullmatch(r"digits(?::([1-9]\d{0,8}))?", args.data):
-        count = int(digits[1] or 76800)
-        data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
+        data = Digits(int(digits[1] or 76800), size, seed_of(args.seed, "train"), bool(digits[1]))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
-        return data, bank, Digits(1000, size, -1, fixed=True)
-    # a network disk may show each rank another folder
-    files = gather(scan(args.data) if RANK == 0 else None)[0]
-    train = labelled(files, "train")
-    val = labelled(files, "val")
+        return data, bank, Digits(1000, size, seed_of("val"), fixed=True)
+    box = [scan(args.data) if RANK == 0 else None]
+    if WORLD > 1:  # a network disk may show each rank another folder
+        dist.broadcast_object_list(box)
+    train, val = (labelled(box[0], split) for split in ("train", "val"))
     classes = sorted(set(train.values()))
     odd = sorted(set(val.values()) - set(classes))
     if not classes:  # nor labels
-        train = {file: "" for file in files if not file.startswith("val/")}
-        val = {}
+        train, val = {file: "" for file in box[0] if not file.startswith("val/")}, {}
     elif odd or (not val and Path(args.data, "val").exists()):
         raise UsageError("--data: val has no class folders with images, or others than train: "
                          f"{odd[:3]}")
@@ -307,20 +401,28 @@ def open_data(args, size):
 
 
 def loader(source, batches, args):
-    """Yields source[keys] for each list of keys in batches, from worker processes. UsageError if
-    what they hold ready exceeds shared memory, for which they would wait for ever."""
+    """Yields source[keys] for each list of keys in batches, from worker processes. Raises
+    UsageError if what they hold ready exceeds shared memory, for which they would wait for ever."""
     held = 2 * args.workers * LOCAL_WORLD * args.micro_batch * 3 * math.prod(source.size)
     memory = "/dev/shm"
     if os.path.isdir(memory) and held > shutil.disk_usage(memory).free:
-        raise UsageError(f"workers need {held >> 20} MiB of /dev/shm: lower --workers or "
+        raise UsageError(f"workers need {held >> 20} MiB of {memory}: lower --workers or "
                          "--micro-batch, or give a container more (docker run --shm-size)")
-    # a fork could hang where threads are; a fork server starts a worker from these imports at once
+    # a fork could hang where threads are; a fork server starts a worker from its imports at once
     start = "forkserver" if sys.platform == "linux" else "spawn"
-    multiprocessing.set_forkserver_preload(["timm", "torchvision"])
     yield from DataLoader(
         source, batch_size=None, sampler=batches, num_workers=args.workers,
         pin_memory=args.device.type == "cuda",
-        multiprocessing_context=start if args.workers else None)
+        multiprocessing_context=start if args.workers else None,
+        worker_init_fn=functools.partial(follow, os.getpid()))
+
+
+def mixing(data, args):
+    """Fine-tuning's mixup or cutmix, or None. Deviation: of the images of a micro-batch."""
+    if args.task == "finetune" and isinstance(data, Folder):
+        classes = len(data.classes)
+        return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
+                                v2.CutMix(num_classes=classes)])
 
 
 # --- Schedule: what belongs to a step -----------------------------------------------------------
@@ -333,12 +435,11 @@ def order(count, seed, epoch):
 
 class Schedule:
     """Rate, images and noise of a step, by (seed, step) alone, at any number of ranks: a run can be
-    cut anywhere and go on. A rank has `share` images of a step, in `parts` of at most `micro`."""
+    cut anywhere and resumed. A rank has `share` images of a step, in `parts` of at most `micro`."""
     def __init__(self, args, count):
         self.args, self.count = args, count
-        self.per_epoch = count / args.batch_size  # steps
-        self.steps = max(1, int(args.epochs * self.per_epoch))
-        self.warmup = int(args.warmup_epochs * self.per_epoch)
+        self.steps = max(1, self.steps_in(args.epochs))
+        self.warmup = self.steps_in(args.warmup_epochs)
         self.peak = args.blr * args.batch_size / 256
         self.share = args.batch_size // WORLD
         self.parts = math.ceil(self.share / args.micro_batch)
@@ -347,18 +448,23 @@ class Schedule:
             raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
                              "--batch-size or --micro-batch")
 
+    def steps_in(self, epochs):
+        """Whole steps in so many epochs; none is lost where a float falls short."""
+        return int(epochs * self.count / self.args.batch_size + 1e-6)
+
     def rate(self, step):
         """Learning rate: linear warm-up to the peak, then a cosine that ends at min_lr."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        progress = (step + 1 - self.warmup) / max(1, self.steps - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.args.min_lr + (self.peak - self.args.min_lr) * cosine
 
-    def evaluates(self, first, done):
-        """Whether an evaluation falls due between two steps."""
-        every = self.args.eval_every * self.per_epoch
-        return done == self.steps or int(done / every) > int(first / every)
+    def evaluates(self, last, done):
+        """Whether an evaluation is due at step `done` if the last one was at step `last`."""
+        # a trifle less, for a float may lie above the whole number that is meant
+        every = self.args.eval_every * self.count / self.args.batch_size * 0.999999 or self.steps
+        return last < done and (done == self.steps or done // every > last // every)
 
     def keys(self, step, rank):
         """The (epoch, index) of a rank's images."""
@@ -379,12 +485,13 @@ class Schedule:
         return noise[RANK].split(self.micro)
 
 
-# --- Model and optimiser ------------------------------------------------------------------------
+# --- Model, precision and optimiser -------------------------------------------------------------
 class Classifier(nn.Module):
     """Images [B,3,H,W] -> logits [B,classes], from the mean patch token, normed. A probe trains the
     head alone. Names are those of timm's models with global_pool="avg"."""
     def __init__(self, student, classes, probe):
         super().__init__()
+        # fine-tuning trains the positions, too, as MAE's does
         self.student = student.requires_grad_(not probe)
         student.norm.requires_grad_(False)
         self.fc_norm = nn.LayerNorm(student.dim, eps=1e-6)
@@ -405,21 +512,24 @@ class Classifier(nn.Module):
 
 
 def build(args):
-    """The task's model, teacher or None, and sources. UsageError if they do not fit together."""
+    """The task's model, teacher or None, and sources; without epochs, in pre-training, the student
+    alone. Raises UsageError if they do not fit together."""
     torch.manual_seed(args.seed)
     student = vit(args.student, drop_path=args.drop_path, image_size=args.image_size)
     teacher = None
     sources = open_data(args, student.image_size)
     classes = sources[0].classes
-    if args.task == "pretrain":
+    if args.task != "pretrain":
+        if len(classes) < 2:
+            raise UsageError(f"--task {args.task} needs two class folders or more, not {classes}")
+        model = Classifier(student, len(classes), args.task == "probe")
+    elif not args.epochs:
+        model = nn.ModuleDict(dict(student=student))
+    else:
         weights = None if args.teacher_weights == "random" else args.teacher_weights
         teacher = load_teacher(args.teacher, weights, args.levels, student.grid)
         teacher = teacher.to(args.device, PRECISIONS[args.amp])
         model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
-    elif len(classes) < 2:
-        raise UsageError(f"--task {args.task} needs two class folders or more, not {classes}")
-    else:
-        model = Classifier(student, len(classes), args.task == "probe")
     return model.to(args.device), teacher, sources
 
 
@@ -431,19 +541,17 @@ def layers(coarse):
 
 def make_optimiser(model, args):
     """AdamW, or SGD for a probe. Block l of S learns at layer_decay^(S+1-l) times the head's rate.
-    1-D parameters and align.matrix are not decayed; nor are [CLS] and positions when fine-tuned."""
+    1-D parameters and align.matrix are not decayed."""
     tuned = isinstance(model, Classifier)
+    # Deviation: fine-tuning decays neither positions nor [CLS], as MAE's does not.
     exempt = ["student.cls_token", "student.pos_embed"] if tuned else ["align.matrix"]
     model.group_matcher = layers
     groups = param_groups_layer_decay(
         model, args.weight_decay, exempt, layer_decay=args.layer_decay)
     if args.task != "probe":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999 if tuned else 0.95), fused=True)
-    optimiser = torch.optim.SGD(groups, momentum=0.9, fused=True)
-    # fused SGD leaves this unset if fp16 skips the first step
-    for parameter in model.head.parameters():
-        optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimiser
+    # Deviation: not LARS. Not fused, which fails if fp16 skips the first step.
+    return torch.optim.SGD(groups, momentum=0.9)
 
 
 def make_scaler(args):
@@ -456,184 +564,8 @@ def make_scaler(args):
 
 
 def autocast(args):
-    """The precision --amp, as a context for what is trained and rated."""
+    """The precision --amp, as a context for what is trained and evaluated."""
     return torch.autocast(args.device.type, PRECISIONS[args.amp], enabled=args.amp != "off")
-
-
-def poisoned(loss):
-    """The loss, with a NaN gradient if it is not finite, so that no rank takes the step."""
-    return loss * (1 + 0 * loss.detach())  # 0·inf = NaN
-
-
-def mixing(data, args):
-    """Fine-tuning's mixup or cutmix of a micro-batch, or None."""
-    if args.task == "finetune" and isinstance(data, Folder):
-        classes = len(data.classes)
-        return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
-                                v2.CutMix(num_classes=classes)])
-
-
-# --- Evaluation: the ranks share the images -----------------------------------------------------
-def gather(mine):
-    """Any object -> every rank's, by rank; all wait for the last."""
-    ranks = [mine] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(ranks, mine)
-    return ranks
-
-
-@torch.no_grad()
-def outputs(function, source, args):
-    """function(images) and labels of this rank's images of a source: [m,…] and [m]."""
-    # the sampler ends with some of other ranks' images, so that no rank is without one
-    share = DistributedSampler(source, WORLD, RANK, shuffle=False)
-    batches = BatchSampler([(0, index) for index in share], args.micro_batch, drop_last=False)
-    with autocast(args):
-        rows = [(function(images.to(args.device)).float(), labels)
-                for images, labels in loader(source, batches, args)]
-    own = len(range(RANK, len(source), WORLD))
-    return [torch.cat(column)[:own] for column in zip(*rows)]
-
-
-def everyone(rows, dim=0):
-    """Every rank's rows, tensors [m,…] -> all of them, on the CPU."""
-    return torch.cat(gather(rows.cpu()), dim)
-
-
-def knn(encoder, bank, val, args):
-    """k-NN accuracy on val in percent: cosine of whitened mean patch tokens of encoder(images)[-1].
-    Each rank keeps its share of the bank, and only the nearest k of it travel."""
-    def feature(images):
-        return F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
-    keys, classes = outputs(feature, bank, args)
-    queries, labels = map(everyone, outputs(feature, val, args))
-    near = []  # cosine and class [2,q,≤k] of the nearest in this share, for each micro-batch
-    for query in queries.to(args.device).split(args.micro_batch):
-        cosine, index = (query @ keys.T).topk(min(KNN["k"], len(keys)))
-        near.append(torch.stack([cosine.cpu(), classes[index.cpu()]]))
-    cosine, voters = everyone(torch.cat(near, dim=1), dim=2)
-    cosine, index = cosine.topk(min(KNN["k"], len(bank)))
-    votes = torch.zeros(len(val), len(bank.classes))
-    votes.scatter_add_(1, voters.gather(1, index).long(), (cosine / KNN["temperature"]).exp())
-    return accuracy(votes, labels)[0].item()
-
-
-def evaluate(model, bank, val, args):
-    """k-NN of a student in pre-training, or top-1 and top-5 of a classifier, in percent."""
-    model.eval()
-    if args.task == "pretrain":
-        result = dict(knn=knn(model.student, bank, val, args))
-    else:
-        logits, labels = map(everyone, outputs(model, val, args))
-        top1, top5 = accuracy(logits, labels, topk=(1, 5))
-        result = dict(top1=top1.item(), top5=top5.item())
-    model.train()
-    return result
-
-
-# --- Checkpoints: what is in --out --------------------------------------------------------------
-def write(path, content):
-    """torch.save, whole or not at all. UsageError if it fails; the file is then as it was."""
-    try:
-        with open(f"{path}.part", "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
-        raise UsageError(f"{path} could not be written, but is as it was: {error}") from error
-
-
-def owned(out):
-    """A lock on the folder `out`, which it makes; it ends with the process at the latest.
-    UsageError if another run has it, or it cannot be written."""
-    holder = out / f".holder{RANK}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / f".lock{RANK}").acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except filelock.Timeout as error:
-        raise UsageError(f"--out {out} is in use by process {holder.read_text()}") from error
-    except OSError as error:
-        raise UsageError(f"--out: {error}") from error
-    except NotImplementedError:  # by a file system without locks
-        return contextlib.nullcontext()
-    return lock
-
-
-def save(out, model, parts, **rest):
-    """Write last.pt, the state of all parts (student and align, or a classifier's; optimiser and
-    scaler) and the rest (step, log, arguments, classes); and the encoder, and the classifier."""
-    write(out / "student.pt", model.student.state_dict())
-    if isinstance(model, Classifier):
-        write(out / "classifier.pt", model.timm_state())
-        (out / "classes.txt").write_bytes(os.fsencode("\n".join(rest["classes"])))
-    states = {name: part.state_dict() for name, part in parts.items()}
-    write(out / "last.pt", states | rest)
-
-
-def resume(out, model, parts, init, facts):
-    """Load last.pt into the parts -> steps done, log. Rank 0 writes a first one, with the encoder
-    of a file `init`, unless there is one. UsageError if it is of another run; only epochs may
-    grow."""
-    path = out / "last.pt"
-    if RANK == 0 and not path.exists():
-        if (out / "log.jsonl").exists():
-            raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
-        if init:
-            print(f"--init {init}: left aside {load_encoder(model.student, init)}")
-        save(out, model, parts, step=0, log=[], **facts)
-    gather(None)  # the other ranks wait for rank 0's file
-    last = read_weights(path)
-    new = facts["arguments"]
-    old = dict(epochs=0) | last.get("arguments", {})
-    old["epochs"] = max(old["epochs"], new["epochs"])
-    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    if odd:
-        raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
-                         f"them, or start anew from its encoder: --init {path}, another --out")
-    for name, part in parts.items():
-        part.load_state_dict(last[name])
-    return last["step"], last["log"]
-
-
-# --- The loop -----------------------------------------------------------------------------------
-class Meter:
-    """What the steps since the last record left: losses and gradient norms, still on the device,
-    and the seconds that it waited for images."""
-    def __init__(self):
-        self.steps, self.waited, self.since = [], 0.0, time.perf_counter()
-
-    def fetch(self, stream, device):
-        """The next micro-batch, on the device. The wait for it counts if CUDA then has nothing left
-        to do: the host may be steps ahead."""
-        asked = time.perf_counter()
-        batch = next(stream)
-        if device.type != "cuda" or torch.cuda.current_stream().query():
-            self.waited += time.perf_counter() - asked
-        return [x.to(device, non_blocking=True) for x in batch]
-
-    def read(self, done, schedule, scaler, data):
-        """A line of the log, of the steps up to `done`. Here the host waits for the device.
-        UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
-        overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
-        steps = torch.stack(self.steps).tolist()
-        seconds = time.perf_counter() - self.since
-        table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
-        finite = table.isfinite()
-        finite[:, 1] |= scaler.get_scale() >= 1
-        if not finite.all():
-            step, _, rank = (~finite).nonzero()[0].tolist()
-            step += done - len(table)
-            names = [data.name(index) for _, index in schedule.keys(step, rank)]
-            raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
-                             f"{schedule.rate(step):.3g}; last.pt is of before; {names}")
-        norms = table[:, 1, 0]
-        norms = norms[norms.isfinite()]
-        return dict(loss=table[:, 0].mean().item(), step=done, epoch=done / schedule.per_epoch,
-                    images_per_s=len(table) * schedule.args.batch_size / seconds,
-                    data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
-                    grad_norm=norms.median().item() if len(norms) else None)
 
 
 def wrap(model, teacher, args):
@@ -662,164 +594,428 @@ def loss_of(network, teacher, images, labels, noise, args):
         return network(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
 
 
-def announce(args, schedule, done, data, val, teacher):
+def poisoned(loss):
+    """The loss, with a NaN gradient if it is not finite, so that no rank takes the step."""
+    return loss * (1 + 0 * loss.detach())  # 0·inf = NaN
+
+
+# --- Evaluation: the ranks share the images -----------------------------------------------------
+@torch.no_grad()
+def outputs(function, source, args, most=2 ** 31):
+    """function(images) and labels of this rank's images of a source, [m,…] and [m]; of at most so
+    many, evenly spread."""
+    chosen = range(0, len(source), math.ceil(len(source) / most))
+    # the sampler ends with some of other ranks' images, so that no rank is without one
+    share = [(0, chosen[i]) for i in DistributedSampler(chosen, WORLD, RANK, shuffle=False)]
+    batches = BatchSampler(share, args.micro_batch, drop_last=False)
+    stream = progress(loader(source, batches, args), total=len(batches), delay=20, leave=False)
+    with autocast(args):  # labels are cloned: as they come, each holds a file of shared memory open
+        rows = [(function(images.to(args.device)).float(), labels.clone())
+                for images, labels in stream]
+    own = len(range(RANK, len(chosen), WORLD))
+    return [torch.cat(column)[:own] for column in zip(*rows)]
+
+
+def feature_of(encoder):
+    """An encoder, images -> levels, as a function of images to features [B,C], by which neighbours
+    are found: the whitened mean patch token of the last level, of length 1."""
+    return lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
+
+
+def knn(encoder, bank, val, args):
+    """k-NN accuracy on val in percent, k 20, by cosine, temperature 0.07. Each rank keeps its share
+    of the bank, and only the nearest k of it travel."""
+    keys, classes = outputs(feature_of(encoder), bank, args)
+    queries, labels = map(everyone, outputs(feature_of(encoder), val, args))
+    near = []  # cosine and class [2,q,≤k] of the nearest in this share, for each micro-batch
+    for query in queries.to(args.device).split(args.micro_batch):
+        cosine, index = (query @ keys.T).topk(min(20, len(keys)))
+        near.append(torch.stack([cosine.cpu(), classes[index.cpu()]]))
+    cosine, voters = everyone(torch.cat(near, dim=1), dim=2)
+    cosine, index = cosine.topk(min(20, len(bank)))
+    votes = torch.zeros(len(val), len(bank.classes))
+    votes.scatter_add_(1, voters.gather(1, index).long(), (cosine / 0.07).exp())
+    return accuracy(votes, labels)[0].item()
+
+
+def mutual_knn(encoder, teacher, source, args):
+    """Of an image's 20 nearest neighbours among up to 2000 images, the percentage that are also
+    among its 20 nearest for the teacher (Huh et al. 2024, arXiv 2405.07987); needs no labels."""
+    near = []  # [M,M], 1 for neighbours
+    for network in (encoder, lambda images: teacher(images)[0]):
+        x = everyone(outputs(feature_of(network), source, args, most=2000)[0])
+        index = (x @ x.T).fill_diagonal_(-2).topk(min(20, len(x) - 1)).indices
+        near.append(torch.zeros(len(x), len(x)).scatter(1, index, 1))
+    return 100 * (near[0] * near[1]).sum().item() / max(1, index.numel())
+
+
+def components(tokens, like=None):
+    """Tokens [B,N,C] -> the first three principal components [B,N,3] of their whitened values, of
+    variance 1; the signs are those that agree with `like`, another [B,N,3]."""
+    x = rearrange(whiten(tokens), "b n c -> (b n) c")
+    x = x - x.mean(dim=0)
+    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
+    x = rearrange(x / x.std(dim=0), "(b n) c -> b n c", b=len(tokens))
+    return x if like is None else x * (x * like).mean(dim=(0, 1)).sign()
+
+
+@torch.no_grad()
+def look(model, teacher, images):
+    """A MaskAlign, its Teacher, images uint8 [B,3,H,W] -> pictures [5·B,3,H,W] in [0,1]: images, the
+    teacher's attention, what the student sees, and the principal components of the student's tokens
+    and of the teacher's."""
+    levels, attention = teacher(images)
+    salience = attention if model.mask == "attentive" else torch.ones_like(attention)
+    keep = attentive_keep(salience, model.mask_ratio)
+    theirs = components(levels[-1][:, 1:])
+    mine = components(model.student(images)[-1][:, 1:], like=theirs)
+    light = attention / attention.amax(dim=1, keepdim=True)
+    rows = [light[..., None], torch.zeros_like(light).scatter(1, keep, 1)[..., None],
+            (0.5 + mine / 4).clamp(0, 1), (0.5 + theirs / 4).clamp(0, 1)]
+    rows = [rearrange(row, "b (h w) c -> b c h w", h=model.student.grid[0]) for row in rows]
+    light, seen, *colours = [F.interpolate(row, images.shape[-2:]) for row in rows]
+    images = images / 255
+    return torch.cat([images, light.expand_as(images), images * seen, *colours])
+
+
+def evaluate(model, teacher, sources, args):
+    """The results in percent: a classifier's top-1 and top-5; a student's k-NN, where there are
+    labels, and its mutual k-NN with a teacher, where there is one, which also draws look.png."""
+    _, bank, val = sources
+    model.eval()
+    result = {}
+    if isinstance(model, Classifier):
+        logits, labels = map(everyone, outputs(model, val, args))
+        result["top1"], result["top5"] = (x.item() for x in accuracy(logits, labels, topk=(1, 5)))
+    elif val:
+        result["knn"] = knn(model.student, bank, val, args)
+    if teacher:
+        result["mutual_knn"] = mutual_knn(model.student, teacher, bank, args)
+        shown = val or bank
+        if RANK == 0:
+            images, _ = shown[[(0, i * (len(shown) - 1) // 7) for i in range(8)]]
+            with spared(Path(args.out, "look.png")) as path:
+                save_image(look(model, teacher, images.to(args.device)), path, nrow=8)
+    model.train()
+    return result
+
+
+# --- Checkpoints: what is in --out --------------------------------------------------------------
+def write(path, content):
+    """torch.save, whole or not at all. Raises UsageError if it fails; the file is then as it
+    was."""
+    try:
+        with open(f"{path}.part", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
+        raise UsageError(f"{path} could not be written, but is as it was: {error}") from error
+
+
+@contextlib.contextmanager
+def spared(path):
+    """Around the writing of a file that is not worth an end of the run: an error is said once."""
+    try:
+        yield path
+    except OSError as error:
+        warnings.warn(f"{path} was not written, the run goes on: {error}")
+
+
+def note(out, records, mode="a"):
+    """Rank 0 appends records to log.jsonl, a line for each."""
+    if RANK == 0:
+        with spared(out / "log.jsonl") as path, open(path, mode) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def owned(out):
+    """A lock on the folder `out`, which it makes; it ends with the process at the latest. None if
+    the file system has none. Raises UsageError if another run has it, or it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(out / f".lock{RANK}").acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UsageError(f"--out {out} is in use by another run: {error}") from error
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return contextlib.nullcontext()
+        raise UsageError(f"--out: {error}") from error
+
+
+def save(out, model, parts, **rest):
+    """Rank 0 writes last.pt, the state of all parts (student and align, or a classifier's;
+    optimiser and scaler) and the rest (step, log, arguments, ...); and the encoder, and the
+    classifier. Then the process ends if a signal to any rank asked for it."""
+    if RANK == 0:
+        write(out / "student.pt", model.student.state_dict())
+        if isinstance(model, Classifier):
+            write(out / "classifier.pt", model.timm_state())
+            (out / "classes.txt").write_bytes(os.fsencode("\n".join(rest["classes"])))
+        write(out / "last.pt", {name: part.state_dict() for name, part in parts.items()} | rest)
+    stop.signal = max(gather(stop.signal))  # the other ranks wait for the files
+    stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {rest['step']}"
+    if stop.signal:
+        leave()
+
+
+def load_start(model, source, classes):
+    """Load the encoder of --init; and a classifier's head, if it is of the same kind and, by the
+    classes.txt beside it, of the same classes -> whether it was. Raises as load_encoder does."""
+    aside, source = load_encoder(model.student, source), Path(source)
+    if source.name == "last.pt":
+        source = source.with_name("classifier.pt")
+    names, head = source.with_name("classes.txt"), {}
+    if names.exists() and names.read_bytes() == os.fsencode("\n".join(classes)):
+        head = {name: x for name, x in read_weights(source).items()
+                if name.startswith(("fc_norm.", "head."))}
+    taken = head.keys() == {n for n in model.state_dict() if not n.startswith("student.")} != set()
+    if taken:
+        model.load_state_dict(head, strict=False)
+    print(f"--init {source}: {'its head is used, ' * taken}left aside {aside}")
+    return taken
+
+
+def resume(out, model, parts, init, facts):
+    """Load last.pt into the parts -> dict of step, log, and the step last evaluated. Rank 0 writes
+    a first one, with what --init has, unless there is one. Raises UsageError if it is of another
+    run; only epochs may grow."""
+    path = out / "last.pt"
+    if not gather(path.exists())[0]:
+        if (out / "log.jsonl").exists():
+            raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
+        if init and RANK == 0:
+            load_start(model, init, facts["classes"])
+        save(out, model, parts, step=0, evaluated=0, log=[], **facts)
+    last, new = read_weights(path), facts["arguments"]
+    old = dict(epochs=0) | last.get("arguments", {})
+    old["epochs"] = max(old["epochs"], new["epochs"])
+    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if odd:
+        raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
+                         f"them, or start anew from its encoder: --init {path}, another --out")
+    for name, part in parts.items():
+        part.load_state_dict(last[name])
+    stop.saved = f"{path} is of step {last['step']}"
+    return {name: last[name] for name in ("step", "evaluated", "log")}
+
+
+# --- The loop -----------------------------------------------------------------------------------
+class Meter:
+    """What the steps since the last record left: losses and gradient norms, still on the device,
+    and the seconds that it waited for images."""
+    def __init__(self):
+        self.steps, self.waited, self.since = [], 0.0, time.perf_counter()
+
+    def fetch(self, stream, device):
+        """The next micro-batch, on the device. The wait for it counts if CUDA then has nothing left
+        to do: the host may be steps ahead."""
+        asked = time.perf_counter()
+        batch = next(stream)
+        if device.type != "cuda" or torch.cuda.current_stream().query():
+            self.waited += time.perf_counter() - asked
+        return [x.to(device, non_blocking=True) for x in batch]
+
+    def read(self, done, schedule, scaler, data):
+        """A line of the log, of the steps up to `done`. Here the host waits for the device. Raises
+        UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
+        overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
+        steps = torch.stack(self.steps).tolist()
+        seconds = time.perf_counter() - self.since
+        table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
+        finite = table.isfinite()
+        finite[:, 1] |= scaler.get_scale() >= 1
+        if not finite.all():
+            step, _, rank = (~finite).nonzero()[0].tolist()
+            step += done - len(table)
+            names = [data.name(index) for _, index in schedule.keys(step, rank)]
+            raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
+                             f"{schedule.rate(step):.3g}; {stop.saved}; {names}")
+        batch, norms = schedule.args.batch_size, table[:, 1, 0]
+        norms = norms[norms.isfinite()]
+        return dict(loss=table[:, 0].mean().item(), step=done, epoch=done * batch / len(data),
+                    images_per_s=len(table) * batch / seconds, data_wait=self.waited / seconds,
+                    lr=schedule.rate(done - 1),
+                    grad_norm=norms.median().item() if len(norms) else None)
+
+
+def announce(args, schedule, done, sources):
     """One line on what begins."""
-    sees = f"teacher sees {teacher.image_size} in {teacher.grid} patches; " if teacher else ""
+    data, _, val = sources
     print(f"{args.task}: {len(data)} images of {args.data} in {len(data.classes)} classes, "
-          f"{len(val or [])} to evaluate on; {sees}{schedule.steps} steps, from {done}, of "
+          f"{len(val or [])} to evaluate on; {schedule.steps} steps, from {done}, of "
           f"{args.batch_size} = {WORLD} processes x {schedule.parts} x {schedule.micro}; "
-          f"lr {schedule.peak:.2e}; {args.device} {args.amp}"
-          f"{'; finished' * (done == schedule.steps)}", flush=True)
+          f"{args.device} {args.amp}{'; finished' * (done == schedule.steps)}", flush=True)
 
 
-def progress(done, steps):
-    """The steps to do, with a bar on a terminal, and a line now and then elsewhere."""
-    lines = dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar}{r_bar}\n")
-    if sys.stderr.isatty():
-        lines = {}
-    return tqdm(range(done, steps), initial=done, total=steps, disable=RANK > 0, **lines)
+def facts_of(args, data):
+    """What last.pt says of a run beside its state: classes, and the arguments that must stay."""
+    lasting = {name: value for name, value in vars(args).items() if name not in FREE}
+    lasting["teacher_weights"] = os.path.basename(args.teacher_weights)  # a file may be moved
+    return dict(classes=data.classes, arguments=lasting | {"images in --data": len(data)})
 
 
 def train(args):
-    """Run one task -> its model, teacher, sources data, bank and val, and record, the last of the
-    log. UsageError if it cannot begin or go on."""
+    """Run one task -> its model, teacher, sources and record, the last of the log. Raises
+    UsageError if it cannot begin or be resumed."""
     out = Path(args.out)
     with owned(out):
-        try:
-            return run(args, out)
-        except KeyboardInterrupt as stop:
-            last = out / "last.pt"
-            step = read_weights(last)["step"] if last.exists() else 0
-            raise KeyboardInterrupt(f"{last} is of step {step}") from stop
+        return run(args, out) if args.epochs else score(args, out)
 
 
 def run(args, out):
     """train(), in a folder `out` that is ours."""
-    model, teacher, (data, bank, val) = build(args)
+    model, teacher, sources = build(args)
+    data = sources[0]
     schedule, mix = Schedule(args, len(data)), mixing(data, args)
     optimiser, scaler = make_optimiser(model, args), make_scaler(args)
     parts = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
-    lasting = {name: value for name, value in vars(args).items() if name not in FREE}
-    lasting["images in --data"] = len(data)
-    facts = dict(classes=data.classes, arguments=lasting)
-    done, log = resume(out, model, parts, args.init, facts)
+    facts = facts_of(args, data)
+    state = resume(out, model, parts, args.init, facts)
+    first, log = state["step"], state["log"]
+
+    def judge():
+        """Evaluate what was saved: after a signal the resumed run does it."""
+        log[-1] |= evaluate(model, teacher, sources, args)
+        state["evaluated"] = state["step"]
+        save(out, model, parts, **state, **facts)
+        note(out, log[-1:])
     if RANK == 0:
-        announce(args, schedule, done, data, val, teacher)
+        announce(args, schedule, first, sources)
+    due = schedule.evaluates(state["evaluated"], first)
+    note(out, log[:-1] if due else log, "w")
+    if due:
+        judge()
     network, observe = wrap(model, teacher, args)
     width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
     width += math.prod(model.student.grid) if teacher else 0
-    stream, meter = loader(data, schedule.batches(done), args), Meter()
-    bar = progress(done, schedule.steps)
-    with open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1) as sink:
-        sink.writelines(json.dumps(record) + "\n" for record in log)
-        for step in bar:
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate(step) * group["lr_scale"]
-            losses = []
-            for part, noise in enumerate(schedule.noise(step, width)):
-                images, labels = meter.fetch(stream, args.device)
-                if mix:
-                    torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
-                    images, labels = mix(images / 255, labels)
-                final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
-                with contextlib.nullcontext() if final else network.no_sync():
-                    loss = loss_of(network, observe, images, labels, noise, args)
-                    loss = loss * (len(images) / schedule.share)  # the last part may be smaller
-                    scaler.scale(poisoned(loss)).backward()
-                losses.append(loss.detach())
-            scaler.unscale_(optimiser)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            scaler.step(optimiser)  # takes none if a gradient is not finite
-            scaler.update()
-            optimiser.zero_grad()
-            meter.steps.append(torch.stack([torch.stack(losses).sum(), norm]))
-            done = step + 1
-            saves = done % args.save_every == 0 or done == schedule.steps
-            if not saves and done % LOG_EVERY:
-                continue
-            record = meter.read(done, schedule, scaler, data)
-            if val and schedule.evaluates(done - len(meter.steps), done):
-                record |= evaluate(model, bank, val, args)
-            log.append(record)
-            sink.write(json.dumps(record) + "\n")
-            bar.set_postfix(record, refresh=False)
-            if saves and RANK == 0:
-                save(out, model, parts, step=done, log=log, **facts)
+    stream, meter = loader(data, schedule.batches(first), args), Meter()
+    bar = progress(range(first, schedule.steps), initial=first, total=schedule.steps)
+    for step in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate(step) * group["lr_scale"]
+        losses = []
+        for part, noise in enumerate(schedule.noise(step, width)):  # for each micro-batch
+            images, labels = meter.fetch(stream, args.device)
+            if mix:
+                torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
+                images, labels = mix(images / 255, labels)
+            final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
+            with contextlib.nullcontext() if final else network.no_sync():
+                loss = loss_of(network, observe, images, labels, noise, args)
+                loss = loss * (len(images) / schedule.share)  # the last part may be smaller
+                scaler.scale(poisoned(loss)).backward()
+            losses.append(loss.detach())
+        scaler.unscale_(optimiser)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        stop.unsaved = True
+        scaler.step(optimiser)  # takes none if a gradient is not finite
+        scaler.update()
+        optimiser.zero_grad()
+        meter.steps.append(torch.stack([torch.stack(losses).sum(), norm]))
+        done = state["step"] = step + 1
+        saves = done % args.save_every == 0 or done == schedule.steps
+        if saves or done % LOG_EVERY == 0 or (stop.signal and WORLD == 1):
+            log.append(meter.read(done, schedule, scaler, data))
+            due = schedule.evaluates(state["evaluated"], done)
+            if due or saves or max(gather(stop.signal)):
+                save(out, model, parts, **state, **facts)
+            judge() if due else note(out, log[-1:])
+            bar.set_postfix(log[-1], refresh=False)
             meter = Meter()
-    return SimpleNamespace(
-        model=model, teacher=teacher, data=data, bank=bank, val=val, record=log[-1])
+    return SimpleNamespace(model=model, teacher=teacher, sources=sources, record=log[-1])
+
+
+def score(args, out):
+    """Evaluate --init, or else last.pt, without training: a line, and one in the log."""
+    model, _, sources = build(args)
+    data, _, val = sources
+    source = args.init or out / "last.pt"
+    taken = load_start(model, source, data.classes)
+    if not val or not (taken or args.task == "pretrain"):
+        raise UsageError(f"--epochs 0: {source} has no head for the classes of --data" if val else
+                         "--epochs 0: --data has no val/ with class folders to evaluate on")
+    record = dict(step=0, epoch=0.0, init=str(source)) | evaluate(model, None, sources, args)
+    note(out, [record])
+    if RANK == 0:
+        print(f"{args.task}: {len(val)} images of {args.data}: {record}")
 
 
 # --- Entry --------------------------------------------------------------------------------------
 def demo(args):
     """A teacher learns the digits with labels, for 0.45 of --epochs, and a student from it without,
-    for 0.6, which takes three minutes on two CPU cores. All are rated by k-NN."""
+    for 0.6, which takes three minutes on two CPU cores. All are evaluated by k-NN."""
     school, home = f"{args.out}/teacher", f"{args.out}/student"
 
     def lesson(share, **changes):
         """One run, for a share of --epochs."""
         changes["epochs"] = share * args.epochs
         return train(argparse.Namespace(**vars(args) | changes))
-    lesson(0.45, task="finetune", student=args.teacher, out=school)
+    lesson(0.45, task="finetune", student=args.teacher, init=None, out=school)
     run = lesson(0.6, teacher_weights=f"{school}/student.pt", out=home)
     torch.manual_seed(args.seed)
     untrained = vit(args.student, image_size=args.image_size).to(args.device).eval()
-    before = knn(untrained, run.bank, run.val, args)
-    taught = knn(lambda images: run.teacher(images)[0], run.bank, run.val, args)
+    _, bank, val = run.sources
+    before = knn(untrained, bank, val, args)
+    alike = mutual_knn(untrained, run.teacher, bank, args)
+    taught = knn(lambda images: run.teacher(images)[0], bank, val, args)
     if RANK == 0:
-        print(f"{home}/student.pt has seen parts of pictures, and no label. Next: tutorial.ipynb; "
-              "--data FOLDER, for pictures of your own; README.md, for ImageNet.\n"
-              f"k-NN {KNN}, mean patch token: untrained student {before:.1f} %, "
-              f"trained student {run.record['knn']:.1f} %, teacher {taught:.1f} %")
+        print(f"{home}/student.pt has seen parts of pictures, and no label; {home}/look.png shows "
+              "them. Next: tutorial.ipynb; --data FOLDER, for pictures of your own; README.md, for "
+              f"ImageNet.\nmutual k-NN with the teacher: untrained student {alike:.1f} %, trained "
+              f"student {run.record['mutual_knn']:.1f} %\nk-NN, k 20, temperature 0.07, mean patch "
+              f"token: untrained student {before:.1f} %, trained student "
+              f"{run.record['knn']:.1f} %, teacher {taught:.1f} %")
 
 
 def join_processes(args):
-    """Meet the other ranks, if torchrun started this one. UsageError if they started without it."""
-    if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    """Meet the other ranks, if there are. Raises UsageError if a variable of torchrun's is not
+    set."""
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    needed += ["LOCAL_RANK"] if args.device.type == "cuda" else []
+    lacks = [name for name in needed if not os.environ.get(name)]
+    if WORLD == 1 and RANK == 0:
+        if "RANK" in lacks and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
             raise UsageError("SLURM started several tasks: start one, which starts torchrun")
+    elif lacks or RANK >= WORLD:
+        raise UsageError(f"rank {RANK} of {WORLD} processes lacks {lacks}: start with torchrun, or "
+                         "unset RANK and WORLD_SIZE")
     elif not dist.is_initialized():
-        if args.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store, rank, world = next(dist.rendezvous("env://"))
+        # rank 0 may read a slow disk for longer than the usual ten minutes
+        limit = datetime.timedelta(hours=6)
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=world)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit)
 
 
 def main(argv=None):
-    """Run a command line. Errors of use and lack of memory are one line and exit 2, Ctrl-C is one
-    line and exit 130; any other exception is a bug, or an edit of yours, and is shown whole."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        return  # a loader's worker imports the script that called this; it must not train
+    """Run a command line. UsageError and lack of memory end in one line and exit 2, a signal in one
+    line and exit 128 + its number; any other exception is a bug, or an edit of yours, and is shown
+    whole."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that it cannot show
     try:
         args = parse(argv)
+        if argv is None:  # a notebook keeps its KeyboardInterrupt
+            listen(args.workers)
         join_processes(args)
-        asked = args.task, args.teacher, args.teacher_weights
-        digits = args.data.partition(":")[0] == "digits"
-        is_demo = digits and asked == ("pretrain", DIGITS["teacher"], "pretrained")
+        own = (args.teacher, args.teacher_weights) == ("vit_digits_patch4_32", "pretrained")
+        is_demo = own and is_digits(args.data) and args.task == "pretrain" and args.epochs
         (demo if is_demo else train)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
-    except KeyboardInterrupt as stop:
-        fail(f"interrupted: {stop}, from which the same command goes on", 130)
     except UsageError as error:
         fail(str(error).rpartition("UsageError: ")[2])  # a worker puts its traceback before it
     except torch.OutOfMemoryError as error:
         fail(f"lower --micro-batch, now {args.micro_batch}: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        fail(f"--out {args.out}: {error}")
 
 
-def fail(text, code=2):
+def fail(text):
     """Exit with one line, written at once, so that several ranks' do not mix."""
     sys.stderr.write(f"train.py: error: {' '.join(text.split())}\n")
-    sys.exit(code)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
