@@ -57,6 +57,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -382,6 +383,8 @@ def loader(source, batches, args):
     if os.path.isdir(memory) and held > shutil.disk_usage(memory).free:
         raise UsageError(f"workers need {held >> 20} MiB of {memory}: lower --workers or "
                          "--micro-batch, or give a container more (docker run --shm-size)")
+    if len(tempfile.gettempdir()) > 60:  # workers' sockets need a shorter path
+        tempfile.tempdir = "/tmp"
     # forked workers start at once, share the source, and end with their rank, be it killed
     fork = "fork" if args.workers and sys.platform == "linux" else None
     yield from DataLoader(source, batch_size=None, sampler=batches, num_workers=args.workers,
