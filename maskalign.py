@@ -445,7 +445,7 @@ class Placeholder:
     def __new__(cls, *args, **options):
         return super().__new__(cls)
 
-    __call__ = __setstate__ = __setitem__ = append = extend = add = lambda self, *args: self
+    __call__ = __setstate__ = __setitem__ = append = lambda self, *args: self
 
 
 class Unpickler(pickle.Unpickler):
