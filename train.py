@@ -45,30 +45,30 @@ Below: command line, ranks and signals, data, schedule, model and optimiser, eva
 checkpoints, the loop, entry. A rank is a process, as in torch; the ranks share a step's images.
 """
 import argparse
-import contextlib
-import datetime
-import functools
-import hashlib
 import json
-import math
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 import tempfile
-import time
-import unicodedata
 import warnings
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from functools import cache, lru_cache, partial
+from hashlib import sha256
+from math import ceil, cos, pi, prod
 from pathlib import Path
+from random import Random
+from time import perf_counter
 from types import SimpleNamespace
+from unicodedata import normalize
 
-import filelock
 import numpy
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
@@ -220,7 +220,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
 def seed_of(*key):
     """Any key -> a 63-bit seed, the same on every machine."""
-    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16)
+    return int(sha256(repr(key).encode()).hexdigest()[:15], 16)
 
 
 def is_digits(data):
@@ -229,7 +229,7 @@ def is_digits(data):
 
 
 # Pillow's own, by size; a Digits does not hold it, for it cannot be sent to a worker
-font = functools.cache(ImageFont.load_default)
+font = cache(ImageFont.load_default)
 
 
 class Source:
@@ -253,7 +253,7 @@ class Digits(Source):
 
     def read(self, epoch, index):
         """An image uint8 [3,H,W] and its label."""
-        draw = random.Random(seed_of(self.seed, not self.fixed and epoch, index))
+        draw = Random(seed_of(self.seed, not self.fixed and epoch, index))
         height, width = self.size
         glyph = Image.new("L", (width, height))
         place = width * draw.uniform(0.35, 0.65), height * draw.uniform(0.35, 0.65)
@@ -268,7 +268,7 @@ class Digits(Source):
 
 def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
-    with contextlib.suppress(Exception):  # turns the picture, and may fail at an odd tag after that
+    with suppress(Exception):  # turns the picture, and may fail at an odd tag after that
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 bits, or floats, whose white is the brightest
         white = image.getextrema()[1] or 1 if image.mode == "F" else 65535
@@ -282,7 +282,7 @@ def as_seen(image):
 def augmentation(task, size):
     """A task's random crops and more, or just the centre: a Pillow image -> uint8 [3,H,W]."""
     if task is None:  # 7/8 of the shorter side, cut out before it is resized
-        fit = functools.partial(ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
+        fit = partial(ImageOps.fit, size=size[::-1], method=Image.BICUBIC, bleed=1 / 16)
         return v2.Compose([fit, v2.PILToTensor()])
     aspect = size[1] / size[0]
     # Deviation: crops are resized, turned and erased as uint8 tensors by torchvision: turned
@@ -360,7 +360,7 @@ def open_data(args, size):
     if WORLD > 1:  # a network disk may show each rank another folder
         dist.broadcast_object_list(box)
     # é is one letter, whether a file system writes one character or, as a Mac's, two
-    train, val = ({file: unicodedata.normalize("NFC", file.split("/")[1]) for file in box[0]
+    train, val = ({file: normalize("NFC", file.split("/")[1]) for file in box[0]
                    if re.match(f"{split}/.+/", file)} for split in ("train", "val"))
     classes = sorted(set(train.values()))
     odd = sorted(set(val.values()) - set(classes))
@@ -371,14 +371,14 @@ def open_data(args, size):
                          f"{odd[:3]}")
     if not train:
         raise UsageError(f"--data: there is no such folder, or no image in it: {args.data}")
-    of = functools.partial(Folder, args.data, classes, size)
+    of = partial(Folder, args.data, classes, size)
     return of(train, args.seed, args.task), of(train, 0), of(val, 0) if val else None
 
 
 def loader(source, batches, args):
     """Yields source[keys] for each list of keys in batches, from worker processes. Raises
     UsageError if what they hold ready exceeds shared memory, for which they would wait for ever."""
-    held = 2 * args.workers * LOCAL_WORLD * args.micro_batch * 3 * math.prod(source.size)
+    held = 2 * args.workers * LOCAL_WORLD * args.micro_batch * 3 * prod(source.size)
     memory = "/dev/shm"
     if os.path.isdir(memory) and held > shutil.disk_usage(memory).free:
         raise UsageError(f"workers need {held >> 20} MiB of {memory}: lower --workers or "
@@ -401,7 +401,7 @@ def mixing(data, args):
 
 
 # --- Schedule: what belongs to a step -----------------------------------------------------------
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def order(count, seed, epoch):
     """The order of an epoch's images: a permutation of range(count)."""
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
@@ -420,8 +420,8 @@ class Schedule:
         self.every = args.eval_every * epoch * (1 - 1e-6) or self.steps
         self.peak, self.lowest = args.blr * args.batch_size / 256, args.min_lr
         self.share = args.batch_size // WORLD
-        self.parts = math.ceil(self.share / args.micro_batch)
-        self.micro = math.ceil(self.share / self.parts)
+        self.parts = ceil(self.share / args.micro_batch)
+        self.micro = ceil(self.share / self.parts)
         if args.task == "probe" and self.share == 1 + self.micro * (self.parts - 1):
             raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
                              "--batch-size or --micro-batch")
@@ -431,7 +431,7 @@ class Schedule:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
-        return self.lowest + (self.peak - self.lowest) * (1 + math.cos(math.pi * progress)) / 2
+        return self.lowest + (self.peak - self.lowest) * (1 + cos(pi * progress)) / 2
 
     def evaluates(self, last, done):
         """Whether an evaluation is due at step `done` if the last one was at step `last`."""
@@ -496,8 +496,8 @@ def build(args):
         model = nn.ModuleDict(dict(student=student))
     else:
         weights = None if args.teacher_weights == "random" else args.teacher_weights
-        teacher = load_teacher(args.teacher, weights, args.levels, student.grid)
-        teacher = teacher.to(args.device, PRECISIONS[args.amp])
+        teacher = load_teacher(args.teacher, weights, args.levels, student.grid).to(
+            args.device, PRECISIONS[args.amp])
         model = MaskAlign(student, teacher, args.mask, args.mask_ratio)
     return model.to(args.device), teacher, sources
 
@@ -562,7 +562,7 @@ def loss_of(network, teacher, images, labels, noise, args):
 def outputs(function, source, args, most=2 ** 31):
     """function(images) and labels of this rank's images of a source, [m,…] and [m]; of at most so
     many, evenly spread."""
-    chosen = range(0, len(source), math.ceil(len(source) / most))
+    chosen = range(0, len(source), ceil(len(source) / most))
     # a rank that has none of them does the first, and leaves it out of its rows
     own = chosen[RANK::WORLD]
     keys = [(0, index) for index in own or chosen[:1]]
@@ -670,7 +670,7 @@ def write(path, content):
         raise UsageError(f"{path} could not be written, but is as it was: {error}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def spared(path):
     """Around the writing of a file that is not worth an end of the run: an error is said once."""
     try:
@@ -691,11 +691,11 @@ def owned(out):
     UsageError if another run has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(out / f".lock{RANK}").acquire(timeout=0)
-    except filelock.Timeout as error:
+        return FileLock(out / f".lock{RANK}").acquire(timeout=0)
+    except Timeout as error:
         raise UsageError(f"--out {out} is in use by another run: {error}") from error
     except (OSError, NotImplementedError):  # no locks here; or nothing can be written: see write
-        return contextlib.nullcontext()
+        return nullcontext()
 
 
 def save(out, model, parts, state):
@@ -763,15 +763,15 @@ class Meter:
     """What the steps since the last record left: losses and gradient norms, still on the device,
     and the seconds that it waited for images."""
     def __init__(self):
-        self.steps, self.waited, self.since = [], 0.0, time.perf_counter()
+        self.steps, self.waited, self.since = [], 0.0, perf_counter()
 
     def fetch(self, stream, device):
         """The next micro-batch, on the device. The wait for it counts if CUDA then has nothing left
         to do: the host may be steps ahead."""
-        asked = time.perf_counter()
+        asked = perf_counter()
         batch = next(stream)
         if device.type != "cuda" or torch.cuda.current_stream().query():
-            self.waited += time.perf_counter() - asked
+            self.waited += perf_counter() - asked
         return [x.to(device, non_blocking=True) for x in batch]
 
     def read(self, done, schedule, scaler, data):
@@ -779,7 +779,7 @@ class Meter:
         UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
         overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
-        seconds = time.perf_counter() - self.since
+        seconds = perf_counter() - self.since
         table = torch.tensor(gather(steps)).transpose(0, 1)  # of steps, ranks, loss and norm
         finite = table.isfinite()
         finite[..., 1] |= scaler.get_scale() >= 1
@@ -837,7 +837,7 @@ def run(args, out):
     report()
     network, observe = wrap(model, teacher, args)
     width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
-    width += math.prod(model.student.grid) if teacher else 0
+    width += prod(model.student.grid) if teacher else 0
     stream, meter = loader(data, schedule.batches(first), args), Meter()
     bar = progress(range(first, schedule.steps), initial=first, total=schedule.steps)
     for step in bar:
@@ -920,7 +920,7 @@ def join_processes():
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
             raise UsageError("SLURM started several tasks: start one, which starts torchrun")
     elif not dist.is_initialized():
-        limit = datetime.timedelta(hours=6)  # rank 0 may read a slow disk for more than 10 minutes
+        limit = timedelta(hours=6)  # rank 0 may read a slow disk for more than 10 minutes
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         except ValueError as error:
