@@ -134,9 +134,10 @@ def parse(argv):
     first = read_options(argv, 0)
     tasks = "pretrain", "finetune", "probe"
     args = read_options(argv, -1 if is_digits(first.data) else tasks.index(first.task))
-    if "" in vars(args).values():
-        raise UsageError("an option has an empty value")
-    if not is_digits(args.data) and 0 < args.epochs < args.warmup_epochs:
+    for name, value in vars(args).items():
+        if value == "":
+            raise UsageError(f"--{name.replace('_', '-')} is empty")
+    if args.epochs and args.warmup_epochs > max(args.epochs, 0.1):  # 0.1: the demo may be cut short
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} exceed --epochs {args.epochs:g}")
     if args.batch_size % WORLD:
         raise UsageError(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks")
@@ -603,7 +604,8 @@ def mutual_knn(encoder, teacher, source, args):
         x = everyone(outputs(feature_of(network), source, args, most=2000)[0])
         near.append((x @ x.T).fill_diagonal_(-2).topk(min(20, len(x) - 1)).indices)
     mine, theirs = near
-    return 100 * (mine[:, :, None] == theirs[:, None]).any(dim=2).float().mean().item()
+    shared = (mine[:, :, None] == theirs[:, None]).any(dim=2).float().mean()
+    return 100 * shared.nan_to_num().item()  # of one image: 0
 
 
 def components(tokens, like=None):
@@ -640,7 +642,7 @@ def evaluate(model, teacher, sources, args):
     _, bank, val = sources
     model.eval()
     result = {}
-    if isinstance(model, Classifier):
+    if val and isinstance(model, Classifier):
         top1, top5 = accuracy(*map(everyone, outputs(model, val, args)), topk=(1, 5))
         result = dict(top1=top1.item(), top5=top5.item())
     elif val:
@@ -650,7 +652,7 @@ def evaluate(model, teacher, sources, args):
     if teacher and RANK == 0:
         shown = val or bank
         images, _ = shown[[(0, i * (len(shown) - 1) // 7) for i in range(8)]]
-        with spared(Path(args.out, "look.png")) as path:
+        with spared(Path(args.out, "look.png")) as path, autocast(args):
             save_image(look(model, teacher, images.to(args.device)), path, nrow=8)
     model.train()
     return result
@@ -780,18 +782,18 @@ class Meter:
         overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
         seconds = perf_counter() - self.since
-        table = torch.tensor(gather(steps)).transpose(0, 1)  # of steps, ranks, loss and norm
+        table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
         finite = table.isfinite()
-        finite[..., 1] |= scaler.get_scale() >= 1
-        if not finite.all():
-            step, rank, _ = (~finite).nonzero()[0].tolist()
+        finite[:, 1] |= scaler.get_scale() >= 1
+        if not finite.all():  # the loss comes first, for all ranks have the same norm
+            step, _, rank = (~finite).nonzero()[0].tolist()
             step += done - len(table)
             names = [data.name(index) for _, index in schedule.keys(step, rank)]
             raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
                              f"{schedule.rate(step):.3g}; {stop.saved}; {names}")
-        images, norms = len(table) * schedule.batch, table[:, 0, 1]
+        images, norms = len(table) * schedule.batch, table[:, 1, 0]
         norms = norms[norms.isfinite()]
-        return dict(loss=table[..., 0].mean().item(), step=done,
+        return dict(loss=table[:, 0].mean().item(), step=done,
                     epoch=done * schedule.batch / len(data), images_per_s=images / seconds,
                     data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
                     grad_norm=norms.median().item() if len(norms) else None)
