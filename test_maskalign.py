@@ -41,7 +41,8 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image, ImageDraw
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
+from timm.models import vision_transformer
 from torch._dynamo.testing import CompileCounter
 from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                     register_optimizer_step_pre_hook)
@@ -59,14 +60,30 @@ settings.register_profile("fast", derandomize=True, deadline=None, max_examples=
 settings.load_profile("fast")
 
 
+def same(a, b, atol=0, where="result"):
+    """Asserts that tensors or trees of them (dicts, lists, primitives) are equal; atol: bit for bit
+    and of one dtype at 0, otherwise the largest difference between two numbers of tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{where}: only one has {a.keys() ^ b.keys()}"
+        for key in a:
+            same(a[key], b[key], atol, f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), f"{where}: {len(a)} and {len(b)} items"
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, atol, f"{where}[{i}]")
+    elif torch.is_tensor(a) and torch.is_tensor(b):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol, check_dtype=not atol,
+                                   msg=lambda text: f"{where}: {text}")
+    else:
+        assert type(a) is type(b) and a == b, f"{where}: {a!r} and {b!r}"
+
+
+IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+
+
 def small_vit(**options):
     """A student of S 3, D 8 and 3x3 patches."""
     return ma.ViT(**{**dict(image_size=12, patch_size=4, dim=8, depth=3, heads=2), **options})
-
-
-def alike(a, b, atol=0):
-    return a.keys() == b.keys() and all(
-        torch.allclose(a[key], b[key], rtol=0, atol=atol) for key in a)
 
 
 def shaken(network):
@@ -76,95 +93,20 @@ def shaken(network):
     return network.eval()
 
 
-FAMILIES = {  # timm's real classes, small; patches of 14 pixels
-    "ViT": ("vit_base_patch16_224", {}),
-    "QK norm": ("vit_base_patch16_224", dict(qk_norm=True)),
-    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {}),
-    "DeiT 3": ("deit3_small_patch16_224", {}),
-    "DINO": ("vit_base_patch16_224.dino", {}),
-    "MAE": ("vit_base_patch16_224.mae", {}),
-    "CLIP": ("vit_base_patch16_clip_quickgelu_224", {}),
-    "DINOv2": ("vit_small_patch14_dinov2", {}),
-    "DINOv2, registers": ("vit_small_patch14_reg4_dinov2", {}),
-    "DINOv3": ("vit_small_patch16_dinov3", {}),
-    "EVA-02": ("eva02_tiny_patch14_224", {}),
-    "EVA-02 CLIP": ("eva02_base_patch16_clip_224", {}),
-    "mixed RoPE": ("vit_small_patch16_rope_mixed_224", {}),
-    "SigLIP": ("vit_base_patch16_siglip_224", {}),
-    "SigLIP 2": ("vit_base_patch16_siglip_256.v2_webli", {}),
-    "SO150M, registers": ("vit_so150m_patch16_reg4_map_256", {}),
-    "C-RADIO": ("vit_base_patch16_radio_v3", {}),
-}
-
-
-def family(kind, **more):
-    name, options = FAMILIES[kind]
-    sizes = dict(depth=3, embed_dim=24, num_heads=2, img_size=(42, 70), patch_size=14)
-    return shaken(timm.create_model(name, num_classes=0, **sizes | options | more))
-
-
-@pytest.fixture(scope="module")
-def clip_name(tmp_path_factory):
-    """A small CLIP, as open_clip knows it by name."""
-    folder = tmp_path_factory.mktemp("clip")
-    for patch in (14, 16):
-        file = folder / f"ViT-test-{patch}.json"
-        file.write_text(json.dumps(dict(
-            embed_dim=16, quick_gelu=True,
-            vision_cfg=dict(image_size=12 * patch, layers=3, width=128, patch_size=patch),
-            text_cfg=dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1))))
-        open_clip.add_model_config(file)
-    return "ViT-test-16"
-
-
-def clip(name, **more):
-    logging.disable(logging.WARNING)  # it warns of random weights
-    network = open_clip.create_model(name, **more)
-    logging.disable(logging.NOTSET)
-    return network
-
-
-@pytest.fixture
-def teachers(clip_name):
-    """A Teacher of each library, with sizes of its own."""
-    torch.manual_seed(0)
-    return dict(ours=ma.Teacher(shaken(small_vit(dim=12, image_size=(12, 20))), 2),
-                clip=ma.Teacher(clip(clip_name).visual, 2), timm=ma.Teacher(family("DINOv3"), 2))
+def trainable(network):
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 # --- 3.1 Model structure: the student -----------------------------------------------------------
 
-def test_images_are_normalised_by_channel():
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    expected = v2.functional.normalize(images / 255, *ma.IMAGENET_MEAN_STD)
-    assert torch.allclose(ma.normalise(images, *ma.IMAGENET_MEAN_STD), expected, atol=1e-6)
-    assert torch.allclose(ma.normalise(images / 255, *ma.IMAGENET_MEAN_STD), expected, atol=1e-6)
-
-
-def test_floats_up_to_255_are_refused_by_student_and_teacher(teachers):
-    for network in (small_vit(), *teachers.values()):
-        shape = (2, 3, *network.image_size)
-        for images in (torch.rand(shape) * 255, torch.full(shape, 11.), torch.randn(shape)):
-            with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
-                network(images)
-    checks = torch.arange(36).view(1, 1, 6, 6) // 6 % 2.0
-    edges = torch.nn.functional.interpolate(checks.expand(1, 3, 6, 6), (13, 11), mode="bicubic")
-    assert edges.min() < -0.1 and torch.equal(ma.to_float(edges), edges)
-
-
-def test_an_error_of_use_is_a_value_error():
-    assert issubclass(ma.UsageError, ValueError)
-
-
 @given(st.integers(1, 4), st.integers(5, 9), st.integers(10, 13))
 def test_sincos_positions_equal_loops(quarter, rows, columns):
-    table = ma.sincos_2d(4 * quarter, (rows, columns))
-    assert table.shape == (1 + rows * columns, 4 * quarter) and not table[0].any()
     omega = [10000 ** (-i / quarter) for i in range(quarter)]
-    expected = [[f(place * w) for place in (column, row) for f in (math.sin, math.cos)
-                 for w in omega] for row in range(rows) for column in range(columns)]
-    assert torch.allclose(table[1:], torch.tensor(expected))
-    assert torch.equal(ma.sincos_2d(8, 3), ma.sincos_2d(8, (3, 3)))
+    patches = [[f(place * w) for place in (column, row) for f in (math.sin, math.cos)
+                for w in omega] for row in range(rows) for column in range(columns)]
+    loops = torch.tensor([[0.0] * 4 * quarter, *patches])
+    same(ma.sincos_2d(4 * quarter, (rows, columns)), loops, atol=1e-6)
+    same(ma.sincos_2d(8, 3), ma.sincos_2d(8, (3, 3)))
 
 
 @given(st.integers(1, 4), st.integers(5, 9), st.integers(10, 13), st.randoms())
@@ -176,244 +118,517 @@ def test_take_equals_loops(batch, patches, width, random):
     assert ma.take(tokens, keep).tolist() == loops
 
 
-def test_sizes_and_colours_are_timms():
-    for name in [name for name in ma.VITS if "digits" not in name]:
-        with torch.device("meta"):
-            network = timm.create_model(name)
-        patches, heads = network.patch_embed, network.blocks[0].attn.num_heads
-        assert ma.VITS[name] == dict(
-            image_size=patches.img_size[0], patch_size=patches.patch_size[0],
-            dim=network.embed_dim, depth=len(network.blocks), heads=heads)
-    assert ma.IMAGENET_MEAN_STD == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
-def test_timm_gives_the_same_tokens(name):
-    ours, theirs = ma.vit(name, depth=2), timm.create_model(name, num_classes=0, depth=2).eval()
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+@pytest.mark.parametrize("size, depth", [("tiny", 12), ("small", 12), ("base", 12), ("large", 24)])
+def test_every_level_equals_timms(size, depth):
+    name = f"vit_{size}_patch16_224"
+    assert (ma.VITS[name]["image_size"], ma.VITS[name]["depth"]) == (224, depth)
+    ours = ma.vit(name, image_size=(32, 48), depth=2)
+    ours.cls_token.data *= 0.1  # as small as the norms' epsilon
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=0, img_size=(32, 48), depth=2).eval()
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
-        tokens = ours.norm(ours(images)[-1])
-        expected = theirs.forward_features(ma.normalise(images, *ma.IMAGENET_MEAN_STD))
-    assert torch.allclose(tokens, expected, atol=1e-5)
+        outputs = theirs.forward_intermediates(
+            v2.functional.normalize(images / 255, *IMAGENET), return_prefix_tokens=True,
+            output_fmt="NLC", intermediates_only=True)
+        expected = [torch.cat([cls, patches], dim=1) for patches, cls in outputs]
+        same(ours(images), expected, atol=1e-5)
+        same(ours(images / 255), expected, atol=1e-5)
 
 
-def test_names_and_sizes_of_a_vit():
-    network = ma.vit("vit_digits_patch4_32", image_size=(24, 40), depth=None)
-    assert network.grid == (6, 10) and network.image_size == (24, 40) and len(network.blocks) == 4
-    with pytest.raises(ma.UsageError, match="unknown ViT 'nope'.*vit_tiny_patch16_224"):
-        ma.vit("nope")
-
-
-@pytest.mark.parametrize("sizes", [dict(image_size=(12, 14)), dict(image_size=(14, 12)),
-                                   dict(heads=3), dict(dim=10)])
-def test_sizes_that_do_not_divide_are_refused(sizes):
-    with pytest.raises(ma.UsageError, match="tile the image|divide"):
-        small_vit(**sizes)
-
-
-def test_initial_weights_are_xaviers():
-    network = ma.vit("vit_digits_patch4_32")
-    for module in network.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            rows, columns = module.weight.flatten(1).shape
-            deviation = (2 / (rows + columns)) ** 0.5
-            assert module.weight.std().item() == pytest.approx(deviation, rel=0.05)
-            assert module.weight.abs().max() <= 3 ** 0.5 * deviation  # uniform
-        if isinstance(module, torch.nn.Linear):
-            assert not module.bias.any()
-    assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
-
-
-def test_positions_are_fixed_and_of_the_grid():
-    network = small_vit(image_size=(12, 20))
-    assert not network.pos_embed.requires_grad
-    assert torch.equal(network.pos_embed[0], ma.sincos_2d(8, (3, 5)))
-
-
-def test_the_student_sees_whole_images_or_the_kept_patches():
-    network, images = small_vit(image_size=(12, 20)), torch.rand(2, 3, 12, 20)
-    levels = network(images, torch.tensor([[0, 14, 7, 3], [8, 2, 1, 5]]))
-    assert [tuple(level.shape) for level in levels] == [(2, 5, 8)] * 3
-    for x, y in zip(network(images, torch.arange(15).expand(2, -1)), network(images), strict=True):
-        assert torch.allclose(x, y, atol=1e-6)
-
-
-def test_dropped_patches_change_nothing():
-    network, images, other = small_vit(), torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
-    keep = torch.tensor([[0, 4], [8, 2]])
-    for b in range(2):
-        for i in keep[b].tolist():
-            rows, columns = slice(i // 3 * 4, i // 3 * 4 + 4), slice(i % 3 * 4, i % 3 * 4 + 4)
-            other[b, :, rows, columns] = images[b, :, rows, columns]
-    for x, y in zip(network(images, keep), network(other, keep), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_permuting_keep_permutes_the_tokens():
-    network, images = small_vit(), torch.rand(2, 3, 12, 12)
-    keep, order = torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]]), torch.tensor([2, 0, 3, 1])
-    for x, y in zip(network(images, keep), network(images, keep[:, order]), strict=True):
-        assert torch.allclose(ma.take(x, order.expand(2, -1)), y, atol=1e-5)
-
-
-def test_drop_path_leaves_branches_out_by_chance_and_image():
+def test_the_student_equals_loops():
+    """Positions, kept patches and drop path, image by image, forward and gradients."""
     torch.manual_seed(0)
-    network, images = shaken(small_vit(drop_path=0.5)).train(), torch.rand(40, 3, 12, 12)
-    noise = torch.rand(40, 6)
-    with torch.no_grad():
-        patches = network.patch_embed["proj"](ma.normalise(images, *ma.IMAGENET_MEAN_STD))
-        x = torch.cat([network.cls_token.expand(40, -1, -1), patches.flatten(2).mT], dim=1)
-        x = x + network.pos_embed
+    network = shaken(small_vit(image_size=(12, 20), drop_path=0.5)).double().train()
+    images, noise = torch.rand(8, 3, 12, 20), torch.rand(8, 6)
+    keep = torch.stack([torch.randperm(15)[:4] for _ in range(8)])
+    x = v2.functional.normalize(images, *IMAGENET).double()
+    kernel, bias = network.patch_embed.parameters()
+    x = torch.nn.functional.conv2d(x, kernel, bias, stride=4).flatten(2).mT
+    tokens = torch.cat([network.cls_token.expand(8, -1, -1), x], dim=1) + network.pos_embed
+    loops = torch.empty(3, 8, 5, 8, dtype=torch.float64)
+    for b in range(8):
+        x = torch.stack([tokens[b, i] for i in [0, *(1 + keep[b])]])[None]
         for s, block in enumerate(network.blocks):
             p = 0.5 * s / 2
-            for part, branch in enumerate([lambda x: block.attn(block.norm1(x)),
-                                           lambda x: block.mlp(block.norm2(x))]):
-                y = branch(x)
-                x = torch.stack([x[b] + y[b] / (1 - p) if noise[b, 2 * s + part] >= p else x[b]
-                                 for b in range(40)])
-            assert torch.allclose(network(images, path_noise=noise)[s], x, rtol=1e-4, atol=1e-4)
+            if noise[b, 2 * s] >= p:
+                x = x + block.attn(block.norm1(x)) / (1 - p)
+            if noise[b, 2 * s + 1] >= p:
+                x = x + block.mlp(block.norm2(x)) / (1 - p)
+            loops[s, b] = x[0]
+    levels = torch.stack(network(images, keep, path_noise=noise))
+    same(levels, loops, atol=1e-5)
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == [
+        "pos_embed", "norm.weight", "norm.bias"]
+    weight = torch.rand_like(loops)  # all others have a gradient
+    same(*[torch.autograd.grad((x * weight).sum(), trainable(network)) for x in (levels, loops)],
+         atol=1e-4)
 
 
-def test_drop_path_draws_only_in_training():
-    network, images = small_vit(drop_path=0.5), torch.rand(2, 3, 12, 12)
-    noise, before = torch.zeros(2, 6), torch.get_rng_state()
-    plain = network.eval()(images, path_noise=noise)
-    assert torch.equal(plain[-1], network(images)[-1])
-    network = small_vit()
-    before = torch.get_rng_state()
-    assert torch.equal(network.train()(images)[-1], network.eval()(images)[-1])
-    assert torch.equal(before, torch.get_rng_state())
-    network = small_vit(drop_path=0.5).train()
+def test_the_student_sees_the_kept_patches_alone_and_in_their_order():
+    network, images = small_vit(image_size=(12, 20)), torch.rand(2, 3, 12, 20)
+    keep = torch.stack([torch.randperm(15)[:7] for _ in images])
+    kept = torch.zeros(2, 15).scatter(1, keep, 1).view(2, 1, 3, 5)
+    kept = kept.repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
+    other = torch.where(kept, images, torch.rand(2, 3, 12, 20))
+    same(network(images, keep), network(other, keep))
+    whole, order = network(images), torch.randperm(15).expand(2, -1)
+    same(network(images, torch.arange(15).expand(2, -1)), whole, atol=1e-6)
+    same(network(images, order), [ma.take(level, order) for level in whole], atol=1e-5)
+
+
+def test_drop_path_draws_in_training_only():
+    network, images = small_vit(drop_path=0.5).train(), torch.rand(2, 3, 12, 12)
     torch.manual_seed(1)
     drawn = network(images)
     torch.manual_seed(1)
-    assert torch.equal(drawn[-1], network(images, path_noise=torch.rand(2, 6))[-1])
+    same(drawn, network(images, path_noise=torch.rand(2, 6)))
+    plain, before = small_vit(), torch.get_rng_state()
+    same(network.eval()(images, path_noise=torch.zeros(2, 6)), network(images))
+    same(plain.train()(images), plain.eval()(images))
+    same(before, torch.get_rng_state())
 
 
-def test_every_parameter_of_the_student_but_the_norm_gets_a_gradient():
-    network = small_vit()
-    sum(level.square().sum() for level in network(torch.rand(2, 3, 12, 12))).backward()
-    frozen = {name for name, p in network.named_parameters() if p.grad is None}
-    assert frozen == {"pos_embed", "norm.weight", "norm.bias"}
-    assert frozen == {name for name, p in network.named_parameters() if not p.requires_grad}
+def test_initial_values():
+    network = small_vit(image_size=(60, 40), patch_size=20, dim=64)
+    same(network.pos_embed[0], ma.sincos_2d(64, (3, 2)))
+    assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+    for module in [*network.modules(), *ma.DynamicAlignment(3, 40, 3, 60, 2).modules()]:
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            deviation = (2 / sum(module.weight.flatten(1).shape)) ** 0.5  # Xavier's, uniform
+            assert module.weight.std().item() == pytest.approx(deviation, rel=0.05)
+            assert module.weight.abs().max() <= 3 ** 0.5 * deviation
+            assert module.bias.any() == isinstance(module, torch.nn.Conv2d)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_encoder_is_exported_with_a_free_batch_size(dtype):
-    network, images = small_vit().eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
+    network, images = small_vit(depth=1).eval(), (torch.rand(5, 3, 12, 12) * 1.9).to(dtype)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(network, (images[:3],), dynamic_shapes=({0: batch},)).module()
-    traced = torch.jit.trace(network, (images[:3],))
-    for function in (exported, traced):
-        assert torch.allclose(function(images)[-1], network(images)[-1], atol=1e-5)
+    for function in (exported, torch.jit.trace(network, (images[:3],))):
+        same(function(images), network(images), atol=1e-5)
 
 
-# --- 3.1 Model structure: weights from files ----------------------------------------------------
+# --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
 
-def formats(state):
-    """The same encoder as each kind of checkpoint holds it, and what of it is left aside."""
-    junk = torch.zeros(2)
-    bare = {key: value for key, value in state.items() if not key.startswith("norm.")}
-    extra = dict(args=argparse.Namespace(lr=0.1, out=Path("out"), nested=dict(a=[1, None])),
-                 best=numpy.float64(0.5), count=numpy.int64(3), at=Path("/data"))
-    return {
-        "ours": ({"student": state, "align": {"matrix": junk}, "step": 3}, ["align", "step"]),
-        "our classifier": ({**bare, "fc_norm.weight": junk, "head.bias": junk},
-                           ["fc_norm.weight", "head.bias"]),
-        "timm": ({**state, "head.weight": junk}, ["head.weight"]),
-        "timm's training": ({"arch": "x", "state_dict": state, **extra},
-                            ["arch", "args", "at", "best", "count"]),
-        "MAE": ({"model": {**state, "mask_token": junk, "decoder_embed.weight": junk},
-                 "epoch": 1, **extra},
-                ["args", "at", "best", "count", "decoder_embed.weight", "epoch", "mask_token"]),
-        "MAE, fine-tuned": ({"model": {**bare, "fc_norm.bias": junk, "head.bias": junk}, **extra},
-                            ["args", "at", "best", "count", "fc_norm.bias", "head.bias"]),
-        "DINO": ({"student": {f"module.backbone.{k}": 0 * v for k, v in state.items()},
-                  "teacher": {**{f"module.backbone.{k}": v for k, v in state.items()},
-                              "module.head.mlp.0.bias": junk}}, ["head.mlp.0.bias", "student"]),
-        "official": ({"model": {**{f"model.{k}": v for k, v in state.items()},
-                                "distill_weights": junk, "clip_model.x": junk}},
-                     ["clip_model.x", "distill_weights"]),
-        "wrapped": ({"state_dict": {"module": {"_orig_mod.module.student.encoder.backbone." + k: v
-                                               for k, v in state.items()}}}, []),
-        "with numbers": ({**state, "epoch": 3}, []),
-        "numbered": ({"model": state, 0: 1}, ["0"]),
-    }
+FAMILIES = [  # timm's real classes; a second word is an option, the last three have no [CLS]
+    "vit_base_patch16_224.dino", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_224",
+    "vit_base_patch16_224 qk_norm", "vit_base_patch16_224.mae", "vit_base_patch16_radio_v3",
+    "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
+    "vit_small_patch16_rope_mixed_224", "eva02_base_patch16_clip_224",
+    "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_256.v2_webli",
+    "vit_so150m_patch16_reg4_map_256",
+]
 
 
-@pytest.mark.parametrize("kind", formats({}))
+@pytest.fixture(scope="session")
+def clip_name(tmp_path_factory):
+    """A small CLIP, as open_clip knows it by name."""
+    file = tmp_path_factory.mktemp("clip") / "ViT-test-14.json"
+    file.write_text(json.dumps(dict(
+        embed_dim=16, quick_gelu=True,
+        vision_cfg=dict(image_size=56, layers=3, width=24, head_width=12, patch_size=14),
+        text_cfg=dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1))))
+    open_clip.add_model_config(file)
+    return "ViT-test-14"
+
+
+def make(kind):
+    """A ViT of ours, open_clip's or one of timm's FAMILIES: small, shaken, E 24, 3x5 patches."""
+    torch.manual_seed(0)
+    if kind == "ours":
+        return shaken(small_vit(image_size=(42, 70), patch_size=14, dim=24))
+    if kind == "open_clip":
+        return shaken(open_clip.create_model("ViT-test-14", force_image_size=(42, 70))).visual
+    name, *options = kind.split()
+    sizes = dict(depth=3, embed_dim=24, num_heads=2, img_size=(42, 70), patch_size=14)
+    return shaken(timm.create_model(name, num_classes=0, **sizes, **dict.fromkeys(options, True)))
+
+
+@pytest.fixture(params=["ours", "open_clip", "vit_small_patch16_dinov3"])
+def teacher(request, clip_name):
+    """One of each library, for what every teacher promises."""
+    return ma.Teacher(make(request.param), levels=2)
+
+
+def student_of(teacher, **options):
+    """A MaskAlign that learns from a teacher, and images for it."""
+    size = tuple(4 * side for side in teacher.grid)
+    model = ma.MaskAlign(small_vit(image_size=size, **options), teacher, mask_ratio=0.5)
+    return model, torch.rand(2, 3, *size)
+
+
+@pytest.mark.parametrize("kind", ["ours", "open_clip", *FAMILIES])
+def test_levels_and_attention_are_those_of_timms_network(clip_name, monkeypatch, kind):
+    maps, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: (
+        maps.append(softmax(self, dim)), maps[-1])[1])
+    network, images = make(kind), torch.rand(2, 3, 42, 70)
+    theirs = make(dict(ours=FAMILIES[0], open_clip=FAMILIES[1]).get(kind, kind))
+    if kind in ("ours", "open_clip"):  # timm reads their weights
+        prefix = "visual." if kind == "open_clip" else ""
+        state = {prefix + key: x for key, x in network.state_dict().items() if key != "proj"}
+        theirs.load_state_dict(vision_transformer.checkpoint_filter_fn(state, theirs))
+    attn = theirs.blocks[-1].attn if theirs.cls_token is not None else theirs.attn_pool
+    attn.fused_attn = False  # calls Tensor.softmax
+    x = v2.functional.normalize(images, theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
+    with torch.no_grad():
+        outputs = theirs.forward_intermediates(
+            x, 2, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+        theirs(x)
+    expected = maps.pop()[:, :, 0, -15:].mean(dim=1)
+    maps.clear()
+    teacher = ma.Teacher(network, levels=2)
+    levels, attention = teacher(images)
+    same(attention, expected, atol=1e-6)
+    assert max(map(torch.numel, maps)) < 2 * 2 * 15 * 15  # no map of all pairs
+    for level, output in zip(levels, outputs, strict=True):
+        patches, others = output if isinstance(output, tuple) else (output, None)
+        first = patches.mean(1, True) if theirs.cls_token is None else others[:, :1]
+        same(level, torch.cat([first, patches], dim=1), atol=5e-5)
+    assert (teacher.dim, teacher.depth, teacher.levels) == (24, 3, 2)
+    assert (teacher.grid, teacher.image_size) == ((3, 5), (42, 70))
+    weights = [id(tensor) for tensor in teacher.state_dict(keep_vars=True).values()]
+    assert len(weights) == len(set(weights))  # saved once
+
+
+def test_a_teacher_resizes_images_as_bicubic_does(teacher):
+    images = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8)
+    resized = torch.nn.functional.interpolate(images / 255, teacher.image_size, mode="bicubic")
+    same(teacher(images), teacher(images / 255), atol=1e-5)
+    same(teacher(images), teacher(resized), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [11.0, 255.0])
+def test_images_in_another_range_are_refused(teacher, value):
+    for reader in (teacher, small_vit()):
+        images = torch.rand(2, 3, *reader.image_size)
+        images[1, 2, 3, 4] = value
+        with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
+            reader(images)
+
+
+def test_a_student_learns_from_a_frozen_teacher(teacher):
+    before, random_state = copy.deepcopy(teacher.state_dict()), torch.get_rng_state()
+    levels, attention = teacher.train()(torch.rand(
+        2, 3, *teacher.image_size, generator=torch.Generator(), requires_grad=True))
+    same(random_state, torch.get_rng_state())
+    assert not any(module.training for module in teacher.modules())
+    assert not any(x.requires_grad for x in [*teacher.parameters(), *levels, attention])
+    model, images = student_of(teacher, depth=2)
+    assert not any(key.startswith("teacher") for key in model.state_dict())
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(4):
+        losses.append(model(images, *teacher(images), mask_noise=torch.full((2, 15), 0.5)))
+        losses[-1].backward()
+        assert all(p.grad is not None for p in trainable(model))
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    same(teacher.state_dict(), before)
+
+
+def test_calls_and_copies_of_a_teacher_are_independent(teacher):
+    images, twin = torch.rand(2, 3, *teacher.image_size), copy.deepcopy(teacher)
+    expected = teacher(images)
+    mlp = [module for name, module in teacher.named_modules() if name.endswith("2.mlp")][0]
+    handle = mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        teacher(images * 0)
+    handle.remove()
+    for _ in range(2):
+        same(teacher(images), expected)
+    for value in vars(teacher).values():  # no image's features
+        assert not any(map(torch.is_tensor, value if isinstance(value, list) else [value]))
+    shaken(teacher)
+    same(twin(images), expected)
+    assert not torch.equal(teacher(images)[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", ["ours", "open_clip", "vit_small_patch16_dinov3", "student"])
+def test_each_network_is_one_graph_compiled_once(clip_name, kind):
+    network, counter = ma.Teacher(make("ours" if kind == "student" else kind), 2), CompileCounter()
+    inputs = [torch.rand(2, 3, 42, 70)]
+    if kind == "student":
+        seen = network(*inputs)
+        network, images = student_of(network, drop_path=0.5)
+        inputs = [images, *seen, None, torch.rand(2, 15), torch.rand(2, 6)]  # mask's, drop path's
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    for _ in range(3):
+        same(compiled(*inputs), network(*inputs), atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name, says", [
+    ("resnet18", "a ResNet cannot teach"), ("beit_base_patch16_224", "a Beit cannot teach"),
+    ("swin_tiny_patch4_window7_224", "a SwinTransformer cannot teach"),
+    ("vit_small_r26_s32_224", "no plain ViT"), ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
+    ("vit_base_patch16_xp_224", "no plain softmax"),
+    ("vit_small_patch16_dinov3 num_kv_groups", "no plain softmax"),  # heads that share keys
+    ("vit_base_patch16_siglip_gap_224", "no .CLS. and no pooling query"),
+    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
+])
+def test_a_network_that_cannot_teach_is_refused(name, says):
+    name, *numbers = name.split()
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0)
+    for number in numbers:
+        setattr(network.blocks[-1].attn, number, 2)
+    with pytest.raises(ma.UsageError, match=says):
+        ma.Teacher(network)
+
+
+# --- 3.2 Masking strategy -----------------------------------------------------------------------
+
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99))
+@example(3, 196, 70)  # the paper's 58
+@example(3, 10, 90)  # 1 and 4, where floats fall short
+@example(3, 20, 80)
+def test_keep_is_distinct_in_range_and_of_exact_length(batch, patches, percent):
+    count = int(patches * (1 - Fraction(percent, 100)))
+    assume(count)
+    for keep in (ma.random_keep(batch, patches, percent / 100),
+                 ma.attentive_keep(torch.rand(batch, patches), percent / 100)):
+        assert keep.shape == (batch, count)
+        assert keep.min() >= 0 and keep.max() < patches
+        assert all(len(set(row)) == count for row in keep.tolist())
+
+
+@given(st.integers(0, 17))
+def test_patches_without_attention_are_kept_once_the_others_run_out(positive):
+    attention = torch.zeros(5, 20)
+    attention[:, 3:3 + positive] = 0.01
+    for row in ma.attentive_keep(attention, 0.5).tolist():
+        assert len(set(row)) == 10
+        assert sum(3 <= i < 3 + positive for i in row) == min(positive, 10)
+    for row in ma.attentive_keep(attention, 0.15, torch.zeros(5, 20)).tolist():  # noise of 0
+        assert len(set(row)) == 17
+        assert sum(3 <= i < 3 + positive for i in row) == positive
+
+
+def test_keep_frequency_is_that_of_sampling_without_replacement():
+    torch.manual_seed(0)
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    keep = ma.attentive_keep(p.expand(40000, 4), 0.5)
+    found = torch.stack([(keep == i).any(1).float().mean() for i in range(4)])
+    exact = torch.tensor([sum(p[i] * p[j] / (1 - p[i]) for i in range(4) for j in range(4)
+                              if i != j and n in (i, j)) for n in range(4)])
+    same(found, exact, atol=0.01)
+
+
+# --- 3.3 Dynamic alignment ----------------------------------------------------------------------
+
+@given(st.floats(0.5, 4), st.floats(-3, 3))
+def test_whitened_features_have_mean_0_and_variance_1_at_any_scale(scale, shift):
+    y = torch.randn(3, 5, 64, dtype=torch.float64) * 3
+    white = ma.whiten(y)
+    same(white.mean(-1), torch.zeros(3, 5).double(), atol=1e-6)
+    same(white.var(-1, unbiased=False), torch.ones(3, 5).double(), atol=1e-4)
+    same(ma.whiten(scale * y + shift), white, atol=1e-4)
+
+
+def test_whitening_and_loss_are_in_fp32_or_finer():
+    for dtype, finer in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        y = torch.tensor([0.0, 1e-3], dtype=dtype)  # epsilon is 1e-5
+        assert ma.whiten(y)[1].item() == pytest.approx(5e-4 / (2.5e-7 + 1e-5) ** 0.5, rel=5e-3)
+        assert ma.whiten(y).dtype == ma.align_loss(y, y.to(finer)).dtype == finer
+
+
+@given(st.lists(st.floats(-4, 4), min_size=1, max_size=9))
+def test_align_loss_is_the_piecewise_formula(values):
+    d = torch.tensor(values, dtype=torch.float64)
+    target = torch.randn(len(values), dtype=torch.float64)
+    expected = sum(0.5 * x * x if abs(x) <= 1 else abs(x) - 0.5 for x in values) / len(values)
+    assert ma.align_loss(target + d, target).item() == pytest.approx(expected, abs=1e-9)
+    assert ma.align_loss(target, target) == 0
+    pred = (target + d / 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda pred: ma.align_loss(pred, target), pred)
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
+def test_dynamic_alignment_equals_loops(student, teacher, levels):
+    assume(levels <= teacher)
+    align = ma.DynamicAlignment(student, 7, teacher, 11, levels).double()
+    features = [torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(student)]
+    out = torch.stack(list(align(features)))
+    loops = torch.stack([adaptor(sum(row[s] * features[s] for s in range(student)))
+                         for adaptor, row in zip(align.adaptors, align.matrix, strict=True)])
+    same(out, loops, atol=1e-9)
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    same(*[torch.autograd.grad((x * weight).sum(), align.parameters()) for x in (out, loops)],
+         atol=1e-9)
+
+
+@pytest.mark.parametrize("student, teacher, matched", [
+    (12, 12, [7, 8, 9, 10, 11]), (24, 12, [15, 17, 19, 21, 23]), (12, 24, [9, 10, 10, 11, 11]),
+    (3, 5, [0, 1, 1, 2, 2])])
+def test_the_matrix_starts_with_a_1_per_row_at_matching_depth(student, teacher, matched):
+    matrix = ma.DynamicAlignment(student, 4, teacher, 4, 5).matrix.detach()
+    same(matrix, torch.eye(student)[matched] + 0.01, atol=1e-6)
+
+
+def test_autocast_does_not_round_the_mixture():
+    align, mixed = ma.DynamicAlignment(1, 4, 1, 5, 1), []
+    align.adaptors[0].register_forward_pre_hook(lambda module, args: mixed.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        align([torch.ones(1, 1, 4)])
+    same(mixed, [torch.full((1, 1, 4), 1.01)], atol=1e-6)
+
+
+# --- MaskAlign: the whole method ----------------------------------------------------------------
+
+def test_the_loss_is_the_papers_formula():
+    torch.manual_seed(0)
+    teacher = ma.Teacher(small_vit(dim=12), 2)
+    model, images = student_of(teacher)
+    levels, attention = teacher(images)
+    levels, keep = [3 * level + 1 for level in levels], torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]])
+    x, expected = model.student(images, keep), 0
+    for k in range(2):
+        p = model.align.adaptors[k](sum(model.align.matrix[k, s] * x[s] for s in range(3)))
+        y = torch.stack([levels[k][b, [0, *(keep[b] + 1)]] for b in range(2)])
+        y = (y - y.mean(-1, True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        d = (p - y).abs()
+        expected += torch.where(d <= 1, d * d / 2, d - 0.5).mean() / 2
+    same(model(images, levels, attention, keep), expected, atol=1e-6)
+    order = torch.tensor([2, 0, 3, 1])  # of the visible patches does not matter
+    same(model(images, levels, attention, keep[:, order]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["attentive", "random"])
+def test_the_mask_is_attentive_or_random_as_asked(mask):
+    teacher, images = ma.Teacher(small_vit(dim=12), 2), torch.rand(2, 3, 12, 12)
+    levels, _ = teacher(images)
+    mask_noise, path_noise = torch.rand(2, 9), torch.rand(2, 6)
+    attention = torch.zeros(2, 9)
+    attention[:, [1, 3, 5, 8]] = 0.25
+    model = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask, 0.5).train()
+    keep = (mask_noise * attention if mask == "attentive" else mask_noise).topk(4, dim=1).indices
+    loss = model(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
+    same(loss, model(images, levels, attention, keep, path_noise=path_noise))
+
+
+def test_bf16_has_the_loss_and_gradients_of_fp32(teacher):
+    """Of a student under autocast, and of a teacher with bf16 weights."""
+    model, images = student_of(teacher, drop_path=0.1)
+    images, noise = torch.rand(64, 3, *images.shape[2:]), torch.rand(64, 6)
+    seen, results = teacher(images), []
+    keep = ma.attentive_keep(seen[1], 0.7)  # in bf16 now and then another
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(images, *seen, keep, path_noise=noise)
+        results.append((seen, loss, torch.autograd.grad(loss, trainable(model))))
+        seen = teacher.to(torch.bfloat16)(images)
+    ((_, expected), exact, exact_gradients), ((levels, attention), loss, gradients) = results
+    assert all(level.dtype == torch.bfloat16 for level in levels)
+    assert loss.dtype == attention.dtype == torch.float32
+    same(attention, expected, atol=4e-3)
+    assert abs(loss / exact - 1) < 5e-4
+    for a, b in zip(exact_gradients, gradients, strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.02 * a.norm()
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: ma.vit("nope"), "unknown ViT 'nope'.*vit_tiny_patch16_224"),
+    (lambda: small_vit(image_size=(12, 14)), "tile the image"),
+    (lambda: small_vit(image_size=(14, 12)), "tile the image"),
+    (lambda: small_vit(heads=3), "divide the width"),
+    (lambda: small_vit(dim=10), "divide the width"),
+    *[(lambda ratio=ratio: ma.random_keep(3, 10, ratio), "mask ratio .* no visible patch of 10")
+      for ratio in (0.95, 1.0, -0.1, 1.5, math.nan)],
+    (lambda: ma.Teacher(small_vit(), 0), "depth 3: 0"),
+    (lambda: ma.Teacher(small_vit(), 4), "depth 3: 4"),
+    (lambda: ma.MaskAlign(small_vit(image_size=20), ma.Teacher(small_vit(), 2)), r"5\).*\(3, 3"),
+    (lambda: ma.MaskAlign(small_vit(), ma.Teacher(small_vit(), 2), "attention"), "'attention'"),
+    (lambda: ma.MaskAlign(small_vit(), ma.Teacher(small_vit(), 2), mask_ratio=0.95), "of 9"),
+])
+def test_arguments_that_do_not_fit_raise_a_usage_error(call, says):
+    with pytest.raises(ma.UsageError, match=says) as error:
+        call()
+    assert isinstance(error.value, ValueError)
+
+
+# --- Weights from files -------------------------------------------------------------------------
+
+X = torch.zeros(2)
+BESIDE = dict(args=argparse.Namespace(lr=0.1, out=Path("out"), nested=dict(a=[1, None])),
+              at=Path("/data"), best=numpy.float64(0.5), count=numpy.int64(3))
+
+
+def named(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def without(prefix, state):
+    return {key: value for key, value in state.items() if not key.startswith(prefix)}
+
+
+FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
+    "ours": (lambda s: dict(student=s, align=dict(matrix=X), step=3), "align step"),
+    "our classifier": (lambda s: without("norm.", s) | {"fc_norm.weight": X, "head.bias": X},
+                       "fc_norm.weight head.bias"),
+    "timm": (lambda s: s | {"head.weight": X}, "head.weight"),
+    "timm's training": (lambda s: dict(BESIDE, arch="x", state_dict=s), "arch args at best count"),
+    "MAE": (lambda s: dict(BESIDE, model=s | dict(mask_token=X) | {"decoder_embed.weight": X}),
+            "args at best count decoder_embed.weight mask_token"),
+    "MAE, fine-tuned": (lambda s: dict(BESIDE, model=without("norm.", s) | {"head.bias": X}),
+                        "args at best count head.bias"),
+    "DINO": (lambda s: dict(student=named("module.backbone.", small_vit().state_dict()), teacher={
+        **named("module.backbone.", s), "module.head.mlp.0.bias": X}), "head.mlp.0.bias student"),
+    "official": (lambda s: dict(model=named("model.", s) | {"distill_weights": X, "clip_model.x": X}
+                                ), "clip_model.x distill_weights"),
+    "wrapped": (lambda s: dict(state_dict=dict(module=named(
+        "_orig_mod.module.student.encoder.backbone.", s))), ""),
+    "numbers": (lambda s: {"model": s | {"epoch": 3}, 0: 1}, "0"),
+    "safetensors": (lambda s: s, ""),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_of_an_encoder_loads(tmp_path, kind):
-    source, target = shaken(small_vit()), small_vit()
-    content, aside = formats(source.state_dict())[kind]
-    torch.save(content, tmp_path / "file.pt")
-    norm = copy.deepcopy(target.norm.state_dict())
-    assert ma.load_encoder(target, tmp_path / "file.pt") == aside
-    if kind in ("our classifier", "MAE, fine-tuned"):  # what it lacks stays
-        assert alike(target.norm.state_dict(), norm)
-        target.norm = source.norm
-    assert alike(source.state_dict(), target.state_dict())
+    source, target, file = shaken(small_vit()), small_vit(), tmp_path / f"file.{kind}"
+    state, before = source.state_dict(), copy.deepcopy(target.state_dict())
+    content, aside = FORMATS[kind][0](state), FORMATS[kind][1].split()
+    (safetensors.torch.save_file if kind == "safetensors" else torch.save)(content, file)
+    assert ma.load_encoder(target, file) == aside
+    if {"fc_norm.weight", "head.bias"} & set(aside):  # a classifier has no norm; ours stays
+        state |= {key: x for key, x in before.items() if key.startswith("norm.")}
+    same(target.state_dict(), state)
 
 
-def test_safetensors_load(tmp_path):
-    source, target = shaken(small_vit()), small_vit()
-    safetensors.torch.save_file(source.state_dict(), tmp_path / "file.safetensors")
-    assert ma.load_encoder(target, tmp_path / "file.safetensors") == []
-    assert alike(source.state_dict(), target.state_dict())
-
-
-def test_numpys_old_name_is_read(tmp_path):
-    torch.save({"a": numpy.float32(0.5), "b": numpy.int64(7)}, tmp_path / "new.pt")
-    with zipfile.ZipFile(tmp_path / "new.pt") as new, \
-            zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
-        for name in new.namelist():
-            old.writestr(name, new.read(name).replace(b"numpy._core", b"numpy.core"))
-    for name in ("new.pt", "old.pt"):
-        assert ma.read_weights(tmp_path / name).keys() == {"a", "b"}
-
-
-def test_positions_are_resampled_to_rectangles(tmp_path):
-    torch.save(small_vit(image_size=16).state_dict(), tmp_path / "file.pt")
-    target = small_vit(image_size=(12, 20))
-    ma.load_encoder(target, tmp_path / "file.pt")
-    old = ma.sincos_2d(8, 4)[1:].T.view(1, 8, 4, 4)
-    new = torch.nn.functional.interpolate(old, (3, 5), mode="bicubic", align_corners=False)
-    assert torch.allclose(target.pos_embed[0, 1:].T.view(1, 8, 3, 5), new, atol=1e-6)
-
-
-def test_a_rectangle_loads_its_own_positions(tmp_path):
-    source, target = shaken(small_vit(image_size=(4, 64))), small_vit(image_size=(4, 64))  # 16 = 4²
-    torch.save(source.state_dict(), tmp_path / "file.pt")
-    ma.load_encoder(target, tmp_path / "file.pt")
-    assert torch.equal(source.pos_embed, target.pos_embed)
-    torch.save(small_vit(image_size=(12, 20)).state_dict(), tmp_path / "file.pt")
-    with pytest.raises(ma.UsageError, match="pos_embed"):  # nobody knows that 15 is 3 x 5
+def test_positions_of_a_square_are_resampled_and_of_the_same_rectangle_kept(tmp_path):
+    def loaded(source, target):
+        torch.save(source.state_dict(), tmp_path / "file.pt")
         ma.load_encoder(target, tmp_path / "file.pt")
+        return target.pos_embed
 
-
-def test_names_that_are_numbers_are_no_encoders(tmp_path):
-    torch.save({0: torch.zeros(2)}, tmp_path / "file.pt")
-    with pytest.raises(ma.UsageError, match="does not fit"):
-        ma.load_encoder(small_vit(), tmp_path / "file.pt")
-
-
-def without(key, state):
-    return {name: value for name, value in state.items() if name != key}
+    square, wide = shaken(small_vit(image_size=16)), shaken(small_vit(image_size=(4, 64)))
+    old = square.pos_embed[:, 1:].mT.view(1, 8, 4, 4)
+    new = torch.nn.functional.interpolate(old, (3, 5), mode="bicubic", align_corners=False)
+    expected = torch.cat([square.pos_embed[:, :1], new.flatten(2).mT], dim=1)
+    same(loaded(square, small_vit(image_size=(12, 20))), expected, atol=1e-6)
+    same(loaded(wide, small_vit(image_size=(4, 64))), wide.pos_embed)
+    with pytest.raises(ma.UsageError, match="pos_embed"):  # nobody knows that 15 is 3 x 5
+        loaded(small_vit(image_size=(12, 20)), small_vit())
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda s: small_vit(depth=2).state_dict(), r'Missing key.*"blocks.2.norm1.weight"'),
-    (lambda s: small_vit(depth=4).state_dict(), r'Unexpected key.*"blocks.3.norm1.weight"'),
-    (lambda s: small_vit(dim=12).state_dict(), r"size mismatch for cls_token.*\[1, 1, 12\].*\[1, 1, 8"),
+    (lambda s: small_vit(depth=2).state_dict(), 'Missing key.*"blocks.2.norm1.weight"'),
+    (lambda s: small_vit(depth=4).state_dict(), 'Unexpected key.*"blocks.3.norm1.weight"'),
+    (lambda s: small_vit(dim=12).state_dict(), r"mismatch for cls_token.*\[1, 1, 12\].*\[1, 1, 8"),
     (lambda s: small_vit(patch_size=6).state_dict(), "size mismatch for patch_embed.proj.weight"),
     (lambda s: without("pos_embed", s), 'Missing key.*"pos_embed"'),
     (lambda s: {**s, "pos_embed": s["pos_embed"][:, 1:]}, r"size mismatch for pos_embed.*8\]"),
-    (lambda s: {f"teacher.{key}": value for key, value in s.items()}, '"teacher.cls_token"'),
-    (lambda s: {}, 'Missing key.*"cls_token"'),
+    (lambda s: named("teacher.", s), '"teacher.cls_token"'),
+    (lambda s: {0: torch.zeros(2)}, 'Missing key.*"cls_token"'),
 ])
-def test_weights_of_another_architecture_are_named(tmp_path, change, says):
+def test_differences_to_another_architecture_are_named(tmp_path, change, says):
     torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
     with pytest.raises(ma.UsageError, match=says) as error:
         ma.load_encoder(small_vit(), tmp_path / "file.pt")
@@ -426,357 +641,98 @@ class Planted:
         return (Path("evil-was-here").touch, ())
 
 
-def test_files_that_are_no_weights_are_errors_and_code_is_not_run(tmp_path, monkeypatch):
+def damaged(file):
+    """Weights with a bit that torch does not miss."""
+    torch.save({"x": torch.zeros(5000)}, file)
+    content = bytearray(Path(file).read_bytes())
+    content[content.index(bytes(4000)) + 2000] = 1
+    Path(file).write_bytes(content)
+
+
+@pytest.mark.parametrize("name, write, says", [
+    ("evil.pt", lambda f: torch.save({"a": Planted()}, f), "getattr|PosixPath|Unsupported"),
+    ("old.pt", lambda f: torch.save({"a": Planted()}, f, _use_new_zipfile_serialization=False),
+     "Unsupported"),
+    ("script.pt", lambda f: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), f),
+     "TorchScript.*state_dict"),
+    ("flipped.pt", damaged, "damaged in flipped/data/0"),
+    ("text.pt", lambda f: Path(f).write_text("no weights"), "."),
+    ("empty.pt", lambda f: Path(f).touch(), "."),
+    ("list.pt", lambda f: torch.save([torch.zeros(3)], f), "."),
+    ("text.safetensors", lambda f: Path(f).write_text("no weights"), "."),
+    ("missing.pt", lambda f: None, "No such file"),
+    ("missing.safetensors", lambda f: None, "No such file"),
+])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_file_without_weights_is_one_line_and_runs_no_code(
+        tmp_path, monkeypatch, name, write, says):
     monkeypatch.chdir(tmp_path)
-    torch.save({"student": Planted()}, "evil.pt")
-    torch.save({"student": Planted()}, "evil-old.pt", _use_new_zipfile_serialization=False)
-    Path("text.pt").write_text("no weights")
-    Path("empty.pt").write_text("")
-    torch.save([torch.zeros(3)], "list.pt")
-    Path("text.safetensors").write_text("no weights")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), "script.pt")
-    for file in ("evil.pt", "evil-old.pt"):
-        assert isinstance(ma.read_weights(file)["student"], ma.Placeholder)
-    for file, says in (("text.pt", "."), ("empty.pt", "."), ("list.pt", "."),
-                       ("text.safetensors", "."), ("script.pt", "TorchScript.*state_dict"),
-                       ("missing.pt", "No such file"), ("missing.safetensors", "No such file")):
-        with pytest.raises(ma.UsageError, match=f"^{file} was not read: .*({says})") as error:
-            ma.read_weights(file)
-        assert "\x1b" not in str(error.value) and error.value.__cause__ is not None
+    write(name)
+    with pytest.raises(ma.UsageError, match=f"^{name} was not read: .*({says})") as error:
+        ma.read_weights(name)
+    assert "\x1b" not in str(error.value) and error.value.__cause__ is not None
     assert not Path("evil-was-here").exists()
 
 
-def test_damage_that_torch_would_not_see_is_found(tmp_path):
-    file = tmp_path / "file.pt"
-    torch.save({"x": torch.zeros(5000)}, file)
-    content = bytearray(file.read_bytes())
-    content[content.index(bytes(4000)) + 2000] = 1
-    file.write_bytes(content)
-    with pytest.raises(ma.UsageError, match="damaged in file/data/0"):
-        ma.read_weights(file)
-
-
-# --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
-
-def explicit_attention(attention, call, monkeypatch):
-    """The whole softmax map [B,H,1+N,1+N] that a module of timm makes without the fused kernel."""
-    maps, softmax = [], torch.Tensor.softmax
-    monkeypatch.setattr(attention, "fused_attn", False)
-    monkeypatch.setattr(torch.Tensor, "softmax",
-                        lambda self, dim: maps.append(softmax(self, dim)) or maps[-1])
-    call()
-    monkeypatch.undo()
-    return maps[-1]
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_vit_of_timm_teaches(kind, monkeypatch):
-    network, images = family(kind), torch.rand(2, 3, 42, 70)
-    teacher = ma.Teacher(network, levels=2)
-    levels, attention = teacher(images)
-    assert (teacher.dim, teacher.depth, teacher.grid, teacher.image_size) == (
-        24, 3, (3, 5), (42, 70))
-    x = v2.functional.normalize(images, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
-    with torch.no_grad():
-        outputs = network.forward_intermediates(
-            x, 2, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
-        asks = network.blocks[-1].attn if network.cls_token is not None else network.attn_pool
-        full = explicit_attention(asks, lambda: network(x), monkeypatch)
-    assert torch.allclose(attention, full[:, :, 0, -15:].mean(dim=1), atol=1e-6)
-    for level, output in zip(levels, outputs, strict=True):
-        patches, others = output if isinstance(output, tuple) else (output, None)
-        first = patches.mean(1, True) if network.cls_token is None else others[:, :1]
-        assert torch.allclose(level, torch.cat([first, patches], dim=1), atol=1e-5)
-    names = [id(tensor) for tensor in teacher.state_dict(keep_vars=True).values()]
-    assert len(names) == len(set(names))
-    model = ma.MaskAlign(small_vit(image_size=(12, 20)), teacher, mask_ratio=0.5)
-    model(torch.rand(2, 3, 12, 20), levels, attention).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip"])
-def test_the_attention_of_cls_is_the_naive_softmax(teachers, kind):
-    teacher, seen = teachers[kind], []
-    network = teacher.network
-    attn = (network.blocks if kind == "ours" else network.transformer.resblocks)[-1].attn
-    attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    _, attention = teacher(torch.rand(2, 3, *teacher.image_size))
-    weight, bias = (attn.qkv.weight, attn.qkv.bias) if kind == "ours" else (
-        attn.in_proj_weight, attn.in_proj_bias)
-    q, k, _ = (seen[0] @ weight.T + bias).chunk(3, dim=-1)
-    heads = [(q[..., i] @ k[..., i].transpose(1, 2) / len(i) ** 0.5).softmax(-1)[:, 0, 1:]
-             for i in torch.arange(teacher.dim).chunk(attn.num_heads)]
-    assert torch.allclose(attention, torch.stack(heads).mean(0), atol=1e-6)
-    assert attention.dtype == torch.float32
-
-
-def test_levels_are_the_last_blocks_raw_outputs(teachers):
-    ours, images = teachers["ours"], torch.rand(2, 3, 12, 20)
-    assert all(map(torch.equal, ours(images)[0], ours.network(images)[-2:]))
-    tower, images = teachers["clip"], torch.rand(2, 3, 192, 192)
-    x = v2.functional.normalize(images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    outputs = tower.network.forward_intermediates(
-        x, 2, output_fmt="NLC", output_extra_tokens=True)
-    for level, patches, first in zip(tower(images)[0], outputs["image_intermediates"],
-                                     outputs["image_intermediates_prefix"], strict=True):
-        assert torch.allclose(level, torch.cat([first, patches], dim=1), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_images_are_resized_as_bicubic_does(teachers, kind):
-    teacher, images = teachers[kind], torch.rand(2, 3, 40, 30)
-    resized = torch.nn.functional.interpolate(images, teacher.image_size, mode="bicubic")
-    for x, y in zip(teacher(images)[0], teacher(resized)[0], strict=True):
-        assert torch.allclose(x, y, atol=1e-4)
-    images = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8)
-    assert torch.allclose(teacher(images)[1], teacher(images / 255)[1], atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_a_teacher_is_frozen_for_good(teachers, kind):
-    teacher = teachers[kind]
-    images = torch.rand(2, 3, *teacher.image_size, requires_grad=True)
-    before = copy.deepcopy(teacher.state_dict())
-    random_state = torch.get_rng_state()
-    levels, attention = teacher.train()(images)
-    assert not any(module.training for module in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert not attention.requires_grad and not levels[0].requires_grad
-    assert torch.equal(random_state, torch.get_rng_state())
-    side = 4 * torch.tensor(teacher.grid)
-    model = ma.MaskAlign(small_vit(image_size=tuple(side.tolist())), teacher, mask_ratio=0.5)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.rand(2, 3, *side), levels, attention).backward()
-    optimiser.step()
-    assert alike(before, teacher.state_dict())
-    assert not any(key.startswith("teacher") for key in model.state_dict())
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_a_failed_call_and_many_calls_leave_nothing(teachers, kind, monkeypatch):
-    teacher = teachers[kind]
-    images = torch.rand(2, 3, *teacher.image_size)
-    first = teacher(images)
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    inner = teacher.network.norm if kind != "clip" else teacher.network.ln_post
-    handle = inner.register_forward_pre_hook(lambda *args: 1 / 0)
-    if kind != "ours":  # which does not use its norm
-        with pytest.raises(ZeroDivisionError):
-            teacher(images * 0)
-    handle.remove()
-    for _ in range(2):
-        levels, attention = teacher(images)
-        assert len(levels) == 2 and torch.equal(attention, first[1])
-        assert all(map(torch.equal, levels, first[0]))
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    for value in vars(teacher).values():
-        kept = value if isinstance(value, (list, dict)) else [value]
-        assert not any(map(torch.is_tensor, kept))
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_a_copy_of_a_teacher_is_independent(teachers, kind):
-    teacher = teachers[kind]
-    images = torch.rand(2, 3, *teacher.image_size)
-    expected, twin = teacher(images), copy.deepcopy(teacher)
-    shaken(teacher.network)
-    levels, attention = twin(images)
-    assert torch.equal(attention, expected[1]) and all(map(torch.equal, levels, expected[0]))
-    assert not torch.equal(teacher(images)[1], attention)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_a_teacher_is_one_graph_compiled_once(teachers, kind):
-    teacher = teachers[kind]
-    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(teacher, backend=counter, fullgraph=True)
-    for _ in range(3):
-        levels, attention = compiled(images)
-    assert counter.frame_count == 1
-    expected = teacher(images)
-    assert torch.allclose(attention, expected[1], atol=1e-6)
-    for x, y in zip(levels, expected[0], strict=True):
-        assert torch.allclose(x, y, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "timm"])
-def test_bf16_weights_give_levels_in_bf16_and_attention_in_fp32(kind, clip_name):
-    torch.manual_seed(0)
-    network = dict(ours=lambda: small_vit(dim=64, heads=4), clip=lambda: clip(clip_name).visual,
-                   timm=lambda: timm.create_model(
-                       "vit_small_patch16_dinov3", num_classes=0, depth=3, embed_dim=64,
-                       num_heads=2, img_size=48))[kind]()
-    teacher = ma.Teacher(network, 2)
-    images = torch.randint(0, 256, (2, 3, *teacher.image_size), dtype=torch.uint8)
-    exact, exact_attention = teacher(images)
-    levels, attention = teacher.to(torch.bfloat16)(images)
-    assert attention.dtype == torch.float32
-    assert torch.allclose(attention, exact_attention, atol=4e-3)
-    for a, b in zip(exact, levels, strict=True):
-        assert b.dtype == torch.bfloat16
-        assert (ma.whiten(a) - ma.whiten(b)).abs().mean() < 0.05
-
-
-def test_no_map_of_all_pairs_is_made(teachers, monkeypatch):
-    """The largest tensor that a softmax sees has a row for each head."""
-    for teacher in teachers.values():
-        sizes, softmax = [], torch.Tensor.softmax
-        monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: (
-            sizes.append(self.numel()), softmax(self, *a, **k))[1])
-        teacher(torch.rand(1, 3, *teacher.image_size))
-        monkeypatch.undo()
-        assert max(sizes) <= 2 * (5 + teacher.grid[0] * teacher.grid[1])
-
-
-@pytest.mark.parametrize("levels", [0, 4])
-def test_levels_beyond_the_depth_are_refused(levels):
-    with pytest.raises(ma.UsageError, match=f"depth 3: {levels}"):
-        ma.Teacher(small_vit(), levels)
-
-
-@pytest.mark.parametrize("name, says", [
-    ("resnet18", "a ResNet cannot teach"),
-    ("swin_tiny_patch4_window7_224", "a SwinTransformer cannot teach"),
-    ("beit_base_patch16_224", "a Beit cannot teach"),
-    ("vit_small_r26_s32_224", "no plain ViT"),
-    ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
-    ("vit_base_patch16_xp_224", r"no plain softmax"),
-    ("vit_huge_patch14_gap_224", "no .CLS. and no pooling query"),
-    ("vit_base_patch16_siglip_gap_224", "no .CLS. and no pooling query"),
-    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
-])
-def test_what_cannot_teach_says_why(name, says):
-    with torch.device("meta"):
-        network = timm.create_model(name, num_classes=0)
-    with pytest.raises(ma.UsageError, match=says):
-        ma.Teacher(network)
-
-
-def test_an_attention_whose_heads_share_keys_cannot_teach():
-    network = family("DINOv3")
-    network.blocks[-1].attn.num_kv_groups = 2
-    with pytest.raises(ma.UsageError, match="no plain softmax"):
-        ma.Teacher(network)
-
-
-# --- 3.1 Model structure: teachers by name ------------------------------------------------------
-
-def test_random_weights_are_said():
-    with pytest.warns(UserWarning, match="teacher vit_digits_patch4_32 has random weights"):
-        teacher = ma.load_teacher("vit_digits_patch4_32", levels=3)
-    assert teacher.levels == 3 and teacher.depth == 4 and teacher.grid == (8, 8)
-
-
-@pytest.mark.filterwarnings("error")
-def test_our_vit_teaches_from_a_file_at_any_grid(tmp_path):
-    source = ma.vit("vit_digits_patch4_32")
-    torch.save(source.state_dict(), tmp_path / "file.pt")
-    teacher = ma.load_teacher("vit_digits_patch4_32", tmp_path / "file.pt", 2, (6, 9))
-    assert teacher.grid == (6, 9) and teacher.image_size == (24, 36)
-    assert torch.equal(teacher.network.cls_token, source.cls_token)
-    teacher = ma.load_teacher("vit_digits_patch4_32", tmp_path / "file.pt", 2)
-    assert teacher.grid == (8, 8) and alike(teacher.network.state_dict(), source.state_dict())
-
-
-@pytest.mark.parametrize("patch", [16, 14])
-def test_clip_teaches_from_a_file_at_the_students_grid(tmp_path, clip_name, patch):
-    name = f"ViT-test-{patch}"
-    whole = clip(name)
-    torch.save({"state_dict": whole.state_dict(), "args": argparse.Namespace(lr=1)},
-               tmp_path / "clip.pt")
-    own = ma.load_teacher(name, str(tmp_path / "clip.pt"), levels=2)
-    assert own.grid == (12, 12) and own.image_size == (12 * patch, 12 * patch)
-    assert alike(own.network.state_dict(), whole.visual.state_dict())
-    teacher = ma.load_teacher(name, tmp_path / "clip.pt", levels=2, grid=(6, 10))
-    assert teacher.grid == (6, 10) and teacher.image_size == (6 * patch, 10 * patch)
-    assert torch.equal(teacher.network.conv1.weight, whole.visual.conv1.weight)
-    model = ma.MaskAlign(small_vit(image_size=(24, 40)), teacher)
-    images = torch.rand(2, 3, 24, 40)
-    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(3):
-        loss = model(images, *teacher(images), mask_noise=torch.full((2, 60), 0.5))
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-def test_a_timm_vit_teaches_from_a_file_at_the_students_grid(tmp_path):
-    name = "vit_small_patch14_dinov2.lvd142m"
-    with torch.device("meta"):
-        shapes = timm.create_model(name, num_classes=0).state_dict()
-    state = {key: torch.randn(value.shape) * 0.02 for key, value in shapes.items()}
-    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "args":
-                argparse.Namespace(lr=1)}, tmp_path / "dino.pt")
-    teacher = ma.load_teacher(name, tmp_path / "dino.pt", levels=2, grid=(4, 6))
-    assert teacher.image_size == (56, 84) and teacher.grid == (4, 6) and teacher.depth == 12
-    assert torch.equal(teacher.network.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
-    levels, attention = teacher(torch.rand(1, 3, 56, 84))
-    assert levels[0].shape == (1, 25, 384) and attention.shape == (1, 24)
-    torch.save(without("blocks.3.ls1.gamma", state), tmp_path / "dino.pt")
-    with pytest.raises(ma.UsageError, match='does not fit.*Missing.*"blocks.3.ls1.gamma"'):
-        ma.load_teacher(name, tmp_path / "dino.pt")
-
-
-def test_a_pooling_query_needs_the_norm_before_it(tmp_path):
-    network = family("SigLIP")
-    torch.save(without("norm.bias", network.state_dict()), tmp_path / "file.pt")
-    with pytest.raises(ma.UsageError, match='Missing.*"norm.bias"'):
-        ma.load_encoder(family("SigLIP"), tmp_path / "file.pt")
-    torch.save(network.state_dict(), tmp_path / "file.pt")
-    target = family("SigLIP")
-    ma.load_encoder(target, tmp_path / "file.pt")
-    assert alike(target.state_dict(), network.state_dict())
-
+# --- Teachers by name ---------------------------------------------------------------------------
 
 @pytest.fixture
-def offline(monkeypatch):
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def asked(monkeypatch, clip_name):
+    """Any network of timm and open_clip is made small and of random values; what was asked for."""
+    names, timms, clips = [], timm.create_model, open_clip.create_model
+
+    def small_timm(name, pretrained=False, **options):
+        names.append((name, pretrained))
+        return shaken(timms(name, depth=2, embed_dim=24, num_heads=2, **options))
+
+    def small_clip(name, pretrained=None, **options):
+        names.append((name, pretrained))
+        return clips(clip_name, None if pretrained == "openai" else pretrained, **options)
+
+    monkeypatch.setattr(timm, "create_model", small_timm)
+    monkeypatch.setattr(open_clip, "create_model", small_clip)
+    return names
 
 
-@pytest.mark.parametrize("name, weights, says", [
-    ("ViT-B-16", "", "not read"),
-    ("ViT-B-16-quickgellu", None, "ViT-B-16-quickgellu cannot teach: no plain ViT"),
-    ("resnet18", None, "a ResNet cannot teach"),
-    ("RN50", None, "RN50 cannot teach"),
-    ("ViT-B-16-SigLIP", None, "ViT-B-16-SigLIP cannot teach"),
-    ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
-    ("ViT-B-16", "missing.pt", "missing.pt was not read: .*No such file"),
-    ("vit_base_patch16_224", "missing.pt", "missing.pt was not read: .*No such file"),
-    ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
-    ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
-    ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
-    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download"),
-])
-@pytest.mark.filterwarnings("ignore:teacher .* has random weights")
-def test_a_teacher_that_cannot_be_had_is_one_line(offline, capsys, caplog, name, weights, says):
-    with pytest.raises(ma.UsageError, match=says) as error:
-        ma.load_teacher(name, weights, grid=(4, 6))
-    assert "\n" not in str(error.value).strip()
-    assert ("was not made" in str(error.value)) == ("--teacher-weights FILE" in says)
-    assert not caplog.records and "ERROR" not in capsys.readouterr().err
-    assert not logging.root.manager.disable
+@pytest.mark.parametrize("library, name, patch, needed", [
+    ("ours", "vit_digits_patch4_32", 4, "pos_embed"),
+    ("open_clip", "ViT-test-14", 14, "visual.conv1.weight"),
+    ("timm", "vit_small_patch14_dinov2.lvd142m", 14, "blocks.1.ls1.gamma"),
+    ("timm", "vit_base_patch16_siglip_224", 16, "norm.bias")])  # which the pooling query reads
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_from_a_file_sees_the_students_grid(
+        tmp_path, asked, library, name, patch, needed):
+    create = dict(ours=ma.vit, open_clip=open_clip.create_model, timm=timm.create_model)[library]
+    source, file = shaken(create(name)), tmp_path / "file.pt"
+    state = source.state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, file)
+    own = ma.load_teacher(name, str(file), levels=2)
+    images = torch.rand(2, 3, *own.image_size)
+    same(own(images), ma.Teacher(getattr(source, "visual", source), 2)(images))
+    teacher = ma.load_teacher(name, file, levels=2, grid=(4, 6))
+    assert teacher.grid == (4, 6) and teacher.image_size == (4 * patch, 6 * patch)
+    assert teacher(images)[1].shape == (2, 24)
+    same(*[without("pos", network.network.state_dict()) for network in (own, teacher)])
+    del state[needed]
+    torch.save(state, file)
+    with pytest.raises(ma.UsageError, match=f'Missing.*"{needed}"'):
+        ma.load_teacher(name, file)
+    with pytest.warns(UserWarning, match=f"teacher {name} has random weights"):
+        assert ma.load_teacher(name, levels=2).levels == 2
 
 
-@pytest.mark.parametrize("name, right", [
-    ("vit_base_patch16_clip_224.openai", False),
-    ("vit_base_patch16_clip_224.laion2b", True),
+@pytest.mark.parametrize("name, weights", [
+    ("vit_tiny_patch16_224", True),  # timm's, although VITS has the name too
+    ("vit_base_patch16_clip_224.laion2b", True), ("ViT-B-16-quickgelu", "openai"),
     ("vit_base_patch16_clip_quickgelu_224.openai", True)])
-def test_timms_clip_is_asked_for_by_the_name_with_its_activation(tmp_path, monkeypatch, name, right):
-    real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: real(
-        name, depth=1, embed_dim=24, num_heads=2, **options))
-    if right:
-        assert ma.load_teacher(name, "pretrained", 1, (2, 3)).grid == (2, 3)
-    else:
-        with pytest.raises(ma.UsageError, match="QuickGELU.*clip_quickgelu"):
-            ma.load_teacher(name, "pretrained", 1)
-    assert ma.load_teacher(name, None, 1).depth == 1
+def test_published_weights_are_asked_for_by_name(asked, name, weights):
+    teacher = ma.load_teacher(name, "pretrained", 1, (2, 3))
+    assert asked == [(name, weights)] and teacher.grid == (2, 3) and teacher.levels == 1
+
+
+def test_timms_openai_clip_is_refused_without_quickgelu(asked):
+    with pytest.raises(ma.UsageError, match="QuickGELU.*clip_quickgelu"):
+        ma.load_teacher("vit_base_patch16_clip_224.openai", "pretrained", 1)
 
 
 def test_a_folder_in_timms_form_teaches(tmp_path):
@@ -785,246 +741,37 @@ def test_a_folder_in_timms_form_teaches(tmp_path):
                             safe_serialization=True)
     teacher = ma.load_teacher(f"local-dir:{tmp_path / 'folder'}", "pretrained", 1, (3, 4))
     assert teacher.image_size == (48, 64) and teacher.depth == 2
-    assert torch.equal(teacher.network.cls_token, network.cls_token)
+    same(teacher.network.cls_token, network.cls_token)
 
 
-def test_a_published_vit_is_timms_also_where_ours_has_its_name(monkeypatch):
-    asked = []
-    real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: (
-        asked.append((name, pretrained)), real(name, depth=1, **options))[1])
-    teacher = ma.load_teacher("vit_tiny_patch16_224", "pretrained", 1)
-    assert asked == [("vit_tiny_patch16_224", True)] and teacher.mean_std == ((0.5,) * 3,) * 2
-
-
-def test_open_clips_published_weights_are_openais(monkeypatch):
-    asked, real = [], open_clip.create_model
-    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained, **options: (
-        asked.append((name, pretrained)), real("ViT-M-16", **options))[1])
-    ma.load_teacher("ViT-B-16-quickgelu", "pretrained", 2)
-    assert asked == [("ViT-B-16-quickgelu", "openai")]
-
-
-# --- 3.2 Masking strategy -----------------------------------------------------------------------
-
-@given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99))
-def test_keep_is_distinct_in_range_and_exact(batch, patches, percent):
-    count = int(patches * (1 - Fraction(percent, 100)))
-    assume(count)
-    for keep in (ma.random_keep(batch, patches, percent / 100),
-                 ma.attentive_keep(torch.rand(batch, patches), percent / 100)):
-        assert keep.shape == (batch, count)
-        assert keep.min() >= 0 and keep.max() < patches
-        assert all(len(set(row)) == count for row in keep.tolist())
-
-
-def test_keep_counts_of_the_paper():
-    assert ma.visible_count(196, 0.7) == 58 and ma.visible_count(10, 0.9) == 1 and ma.visible_count(7, 0) == 7
-
-
-@pytest.mark.parametrize("patches, ratio", [(10, 0.95), (10, 1.0), (10, -0.1), (10, 1.5),
-                                            (10, math.nan)])
-def test_ratios_that_leave_nothing_are_refused(patches, ratio):
-    with pytest.raises(ma.UsageError, match="mask ratio"):
-        ma.visible_count(patches, ratio)
-
-
-@given(st.integers(0, 20))
-def test_zero_attention_is_kept_only_when_positive_runs_out(positive):
-    attention = torch.zeros(5, 20)
-    attention[:, 3:3 + positive] = 0.01
-    positive = int((attention[0] > 0).sum())
-    for row in ma.attentive_keep(attention, 0.5).tolist():
-        assert len(set(row)) == 10
-        assert sum(3 <= i < 3 + positive for i in row) == min(positive, 10)
-
-
-def test_noise_of_zero_is_no_fault():
-    keep = ma.attentive_keep(torch.full((2, 5), 0.2), 0.4, torch.zeros(2, 5))
-    assert all(len(set(row)) == 3 for row in keep.tolist())
-    attention = torch.tensor([[0, 0, 0, 0.5, 0.5]])
-    assert sorted(ma.attentive_keep(attention, 0.6, torch.zeros(1, 5))[0].tolist()) == [3, 4]
-
-
-def test_keep_frequency_matches_sampling_without_replacement():
-    torch.manual_seed(0)
-    weights = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    keep = ma.attentive_keep(weights.expand(40000, 4), 0.5)
-    found = torch.stack([(keep == i).any(1).float().mean() for i in range(4)])
-    exact = torch.tensor([sum(weights[i] * weights[j] / (1 - weights[i]) * (n in (i, j))
-                              for i in range(4) for j in range(4) if i != j) for n in range(4)])
-    assert (found - exact).abs().max() < 0.01
-    assert (found[:-1] > found[1:]).all()
-
-
-# --- 3.3 Dynamic alignment ----------------------------------------------------------------------
-
-@given(st.floats(0.5, 4), st.floats(-3, 3))
-def test_whitened_features_have_mean_0_and_variance_1_at_any_scale(scale, shift):
-    y = torch.randn(3, 5, 64, dtype=torch.float64) * 3
-    white = ma.whiten(y)
-    assert torch.allclose(white.mean(-1), torch.zeros(3, 5).double(), atol=1e-6)
-    assert torch.allclose(white.var(-1, unbiased=False), torch.ones(3, 5).double(), atol=1e-4)
-    assert torch.allclose(ma.whiten(scale * y + shift), white, atol=1e-4)
-
-
-def test_whitening_and_loss_are_in_fp32_or_finer():
-    for dtype, finer in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        y = torch.randn(3, 5).to(dtype)
-        assert ma.whiten(y).dtype == ma.align_loss(y, y.to(finer)).dtype == finer
-    y = torch.tensor([0.0, 1e-3])  # epsilon is 1e-5
-    assert ma.whiten(y)[1].item() == pytest.approx(5e-4 / (2.5e-7 + 1e-5) ** 0.5, rel=1e-4)
-
-
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
-def test_dynamic_alignment_equals_loops(student_depth, teacher_depth, levels):
-    assume(levels <= teacher_depth)
-    align = ma.DynamicAlignment(student_depth, 7, teacher_depth, 11, levels).double()
-    features = [torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(student_depth)]
-    out = torch.stack(list(align(features)))
-    loops = torch.stack([align.adaptors[k](sum(align.matrix[k, s] * features[s]
-                                               for s in range(student_depth)))
-                         for k in range(levels)])
-    assert torch.allclose(out, loops)
-    weight = torch.randn(out.shape, dtype=torch.float64)
-    grads = [torch.autograd.grad((x * weight).sum(), align.parameters()) for x in (out, loops)]
-    assert all(torch.allclose(a, b) for a, b in zip(*grads))
-
-
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
-def test_the_matrix_starts_at_one_1_a_row_and_at_identity_for_equal_depths(student, teacher, levels):
-    assume(levels <= teacher)
-    matrix = ma.DynamicAlignment(student, 4, teacher, 4, levels).matrix.detach()
-    ones = (matrix - 0.01).round()
-    assert torch.allclose(matrix, ones + 0.01)
-    assert matrix.shape == (levels, student) and (ones.sum(1) == 1).all() and ones[-1, -1] == 1
-    if student == teacher:
-        assert torch.equal(ones, torch.eye(teacher)[-levels:])
-
-
-def test_alignment_of_unequal_depths():
-    assert (ma.DynamicAlignment(24, 4, 12, 4, 5).matrix > 1).nonzero()[:, 1].tolist() == [
-        15, 17, 19, 21, 23]
-    assert (ma.DynamicAlignment(12, 4, 24, 4, 5).matrix > 1).nonzero()[:, 1].tolist() == [
-        9, 10, 10, 11, 11]
-
-
-def test_adaptors_start_as_xaviers():
-    for adaptor in ma.DynamicAlignment(3, 40, 3, 60, 2).adaptors:
-        assert adaptor.weight.std().item() == pytest.approx((2 / 100) ** 0.5, rel=0.05)
-        assert not adaptor.bias.any()
-
-
-def test_the_mixture_is_not_rounded_by_autocast():
-    align = ma.DynamicAlignment(2, 3, 2, 5, 1)
-    torch.nn.init.zeros_(align.adaptors[0].weight)
-    align.adaptors[0].weight.data[0, 0] = 1
-    features = [torch.zeros(1, 1, 3), torch.full((1, 1, 3), 100.0)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = align(features)[0][0, 0, 0].item()
-    assert out == pytest.approx(101, abs=0.26)  # 100.5 with a matrix in bf16
-
-
-@given(st.lists(st.floats(-4, 4), min_size=1, max_size=9))
-def test_align_loss_is_the_piecewise_formula(values):
-    d = torch.tensor(values, dtype=torch.float64)
-    target = torch.randn(len(values), dtype=torch.float64)
-    expected = sum(0.5 * x * x if abs(x) <= 1 else abs(x) - 0.5 for x in values) / len(values)
-    assert ma.align_loss(target + d, target).item() == pytest.approx(expected, abs=1e-9)
-    assert ma.align_loss(target, target) == 0
-
-
-def test_align_loss_gradcheck():
-    pred = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda p: ma.align_loss(p, torch.zeros(3, 4).double()), pred)
-
-
-@pytest.mark.parametrize("mask", ["attentive", "random"])
-def test_the_kind_of_mask_is_what_was_asked_for(mask):
-    teacher, images = ma.Teacher(small_vit(dim=12), 2), torch.rand(2, 3, 12, 12)
-    levels, _ = teacher(images)
-    mask_noise, path_noise = torch.rand(2, 9), torch.rand(2, 6)
-    attention = torch.zeros(2, 9)
-    attention[:, [1, 3, 5, 8]] = 0.25
-    model = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask, 0.5).train()
-    keep = (mask_noise * attention if mask == "attentive" else mask_noise).topk(4, dim=1).indices
-    loss = model(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
-    assert torch.equal(loss, model(images, levels, attention, keep, path_noise=path_noise))
-
-
-def test_another_mask_or_grid_or_ratio_is_refused():
-    teacher = ma.Teacher(small_vit(), 2)
-    for options, says in ((dict(mask="attention"), "attentive or random, not 'attention'"),
-                          (dict(mask_ratio=0.95), "no visible patch of 9"),
-                          (dict(student=small_vit(image_size=(12, 20))), r"\(3, 5\).*\(3, 3\)")):
-        with pytest.raises(ma.UsageError, match=says):
-            ma.MaskAlign(**dict(student=small_vit(), teacher=teacher) | options)
-
-
-def test_the_loss_is_the_papers_formula():
-    torch.manual_seed(0)
-    model = ma.MaskAlign(small_vit(), teacher := ma.Teacher(small_vit(dim=12), 2), mask_ratio=0.5)
-    images, keep = torch.rand(2, 3, 12, 12), torch.tensor([[0, 4, 7, 3], [8, 2, 1, 5]])
-    levels, attention = teacher(images)
-    levels = [3 * level + 1 for level in levels]
-    x, expected = model.student(images, keep), 0
-    for k in range(2):
-        p = model.align.adaptors[k](sum(model.align.matrix[k, s] * x[s] for s in range(3)))
-        y = torch.stack([levels[k][b, [0, *(keep[b] + 1)]] for b in range(2)])
-        y = (y - y.mean(-1, True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        d = (p - y).abs()
-        expected += torch.where(d <= 1, d * d / 2, d - 0.5).mean() / 2
-    assert torch.allclose(model(images, levels, attention, keep), expected, atol=1e-6)
-    order = torch.tensor([2, 0, 3, 1])  # of the visible patches does not matter
-    assert torch.allclose(model(images, levels, attention, keep[:, order]), expected, atol=1e-6)
-
-
-def test_students_and_teachers_of_any_depth_and_width_align():
-    teacher = ma.Teacher(small_vit(dim=20, depth=5), 4)
-    model = ma.MaskAlign(small_vit(depth=2), teacher, mask_ratio=0.5)
-    assert model.align.matrix.shape == (4, 2)
-    images = torch.rand(2, 3, 12, 12)
-    model(images, *teacher(images)).backward()
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is not None and p.grad.any() for p in trainable.values())
-    assert {"student.cls_token", "align.matrix"} <= set(trainable)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_bf16_has_the_loss_and_gradients_of_fp32(seed):
-    torch.manual_seed(seed)
-    teacher = ma.Teacher(ma.vit("vit_digits_patch4_32"), 3)
-    model = ma.MaskAlign(ma.vit("vit_digits_patch4_32", drop_path=0.1), teacher)
-    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    noise = torch.rand(64, 8)
-    levels, attention = teacher(images)
-    keep = ma.attentive_keep(attention, 0.7)  # in bf16 now and then another
-    results = []
-    for enabled in (False, True):
-        seen = teacher.to(torch.bfloat16)(images) if enabled else (levels, attention)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = model(images, *seen, keep, path_noise=noise)
-        results.append((loss, torch.autograd.grad(loss, [
-            p for p in model.parameters() if p.requires_grad])))
-    (exact, exact_gradients), (loss, gradients) = results
-    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 1e-3
-    for a, b in zip(exact_gradients, gradients, strict=True):
-        assert b.dtype == torch.float32 and (a - b).norm() < 0.05 * a.norm()
-
-
-def test_a_step_is_one_graph_compiled_once():
-    teacher = ma.Teacher(small_vit(dim=12), 2)
-    model, images = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask_ratio=0.5), torch.rand(2, 3, 12, 12)
-    levels, attention = teacher(images)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    noise = dict(mask_noise=torch.rand(2, 9), path_noise=torch.rand(2, 6))
-    expected = model(images, levels, attention, **noise)
-    for _ in range(3):
-        loss = compiled(images, levels, attention, **noise)
-    assert counter.frame_count == 1
-    assert torch.allclose(loss, expected, atol=1e-6)
+@pytest.mark.parametrize("name, weights, says", [
+    ("ViT-B-16", "", "not read"),
+    ("vit_smal_patch14_dinov2", None, "no teacher is called.*near it.*vit_small_patch14_dinov2"),
+    ("vit_small_patch14_dinov2.lvd142", None, "near it are.*vit_small_patch14_dinov2.lvd142m"),
+    ("ViT-B-16-quickgellu", None, "near it are.*ViT-B-16-quickgelu"),
+    ("ViT-B/16", None, "near it are.*ViT-B-16"), ("????", None, "near it are none"),
+    ("vit_digits_patch4_33", None, "near it are.*vit_digits_patch4_32"),
+    ("resnet18", None, "a ResNet cannot teach"), ("RN50", None, "RN50 cannot teach"),
+    ("ViT-B-16-SigLIP", None, "ViT-B-16-SigLIP cannot teach"),
+    ("ViT-B-16", "openai", "'openai' and ViT-B-16 differ in QuickGELU"),
+    ("ViT-B-16", "missing.pt", "missing.pt was not read: .*No such file"),
+    ("vit_digits_patch4_32", "missing.pt", "missing.pt was not read: .*No such file"),
+    ("deit_tiny_patch16_224", "missing.pt", "missing.pt was not read: .*No such file"),
+    ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
+    ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
+    ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
+    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download"),
+])
+@pytest.mark.filterwarnings("ignore:teacher .* has random weights")
+def test_a_teacher_that_cannot_be_made_is_one_line(
+        monkeypatch, capsys, caplog, name, weights, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ma.UsageError, match=says) as error:
+        ma.load_teacher(name, weights, grid=(4, 6))
+    assert "\n" not in str(error.value).strip()
+    assert ("was not made" in str(error.value)) == ("--teacher-weights FILE" in says)
+    assert not caplog.records and "ERROR" not in capsys.readouterr().err
+    assert not logging.root.manager.disable
 
 
 # --- Processes: real ones, but forked from a server that has imported what takes seconds, unless --
