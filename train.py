@@ -767,6 +767,7 @@ def load_start(model, source, classes):
     taken = head.keys() == {n for n in model.state_dict() if not n.startswith("student.")} != set()
     if taken:
         model.load_state_dict(head, strict=False)
+        aside = [name for name in aside if name not in {*head, "fc_norm", "head"}]
     print(f"--init {source}: {'its head is used, ' * taken}left aside {aside}")
     return taken
 
