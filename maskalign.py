@@ -49,8 +49,7 @@ def can_check(x):
 
 
 def to_float(images):
-    """Images, uint8 or float -> float in [0,1]. Raises UsageError if floats are in [0,255] or
-    normalised, where that can be checked."""
+    """Images -> float in [0,1]. Raises UsageError, on a CPU, if floats are in another range."""
     if images.dtype == torch.uint8:
         return images / 255
     # bicubic resampling of [0,1] stays above -0.45, a normalised image seldom does
@@ -79,10 +78,15 @@ def sincos_2d(dim, grid):
     return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0)).float()
 
 
+def pick(rows, keep):
+    """Rows [B,N,...], or [1,N,...] for all, keep [B,V] -> [B,V,...]."""
+    images = torch.arange(rows.shape[0], device=rows.device)
+    return rows[images[:, None], keep]  # take_along_dim is compiled anew for each batch size
+
+
 def take(tokens, keep):
     """Tokens [B,1+N,C], keep [B,V] -> [B,1+V,C]: [CLS] and the kept patches, in keep's order."""
-    rows = F.pad(keep + 1, (1, 0))  # row 0 is [CLS], row 1+i patch i
-    return tokens.take_along_dim(rearrange(rows, "b v -> b v 1"), dim=1)
+    return pick(tokens, F.pad(keep + 1, (1, 0)))  # row 0 is [CLS], row 1+i patch i
 
 
 def add_branch(x, branch, drop_rate, noise=None):
@@ -116,8 +120,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]. attn_noise and mlp_noise [B] are drop path's
-    for each branch; None drops nothing."""
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; noise [B] of a branch is for drop path."""
 
     def __init__(self, dim, heads, drop_rate):
         super().__init__()
@@ -135,8 +138,8 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A plain Vision Transformer (3.1) with timm's parameter names. image_size: an int or (height,
-    width); drop_path: the last block's drop rate, linear from 0 at the first. Raises UsageError if
-    patches do not tile the image, or if heads or 4 do not divide dim."""
+    width); drop_path: the last block's drop rate, rising linearly from 0. Raises UsageError unless
+    patches tile the image, and heads and 4 divide dim."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
@@ -162,8 +165,7 @@ class ViT(nn.Module):
         patches = rearrange(images, "b c (r p) (s q) -> b (r s) c p q", **sizes)
         positions = self.pos_embed
         if keep is not None:  # before anything is computed: a dropped patch costs nothing
-            patches = patches.take_along_dim(rearrange(keep, "b v -> b v 1 1 1"), dim=1)
-            positions = take(positions, keep)
+            patches, positions = pick(patches, keep), take(positions, keep)
         x = normalise(patches, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
         proj = self.patch_embed["proj"]
         x = F.linear(x.flatten(2), proj.weight.flatten(1), proj.bias)
@@ -199,8 +201,7 @@ VITS = {  # timm's names; the last is for the built-in digits
 
 
 def vit(name, **overrides):
-    """A ViT of a size in VITS; keyword arguments other than None override the size's. Raises
-    UsageError for an unknown name, or as ViT does."""
+    """A ViT of a size in VITS; what is not None overrides it. Raises UsageError for other names."""
     if name not in VITS:
         raise UsageError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
     return ViT(**VITS[name] | {key: x for key, x in overrides.items() if x is not None})
@@ -212,47 +213,50 @@ TIMM_VITS = (vision_transformer.VisionTransformer, eva.Eva)
 PLAIN = (layers.Attention, layers.AttentionRope, eva.EvaAttention)
 
 
-def anatomy(network):
-    """A ViT of ours, open_clip's or timm's -> blocks, E, image_size, grid, mean_std (None: its own
-    affair), and the attention module that finds salient patches (3.2): the last block's, for its
-    [CLS], or, without one, the pooling query's. Raises UsageError if it cannot teach."""
-    if isinstance(network, ViT):
-        blocks, size, grid = network.blocks, network.image_size, network.grid
-        return blocks, network.dim, size, grid, None, blocks[-1].attn
-    if hasattr(network, "class_embedding"):  # open_clip's
-        size, grid, config = network.image_size, network.grid_size, network.preprocess_cfg
-        blocks, mean_std = network.transformer.resblocks, (config["mean"], config["std"])
-        return blocks, network.conv1.out_channels, size, grid, mean_std, blocks[-1].attn
+def timm_attn(network):
+    """A ViT of timm -> the attention module that tells which patches are salient (3.2): the last
+    block's, for its [CLS], or, without a [CLS], the pooling query's. Raises UsageError if there is
+    none, or none that can be read."""
     embed = getattr(network, "patch_embed", None)
     if not isinstance(network, TIMM_VITS) or not isinstance(embed, layers.PatchEmbed):
         raise UsageError(f"a {type(network).__name__} cannot teach: it is no plain ViT")
-    attn = network.attn_pool
-    if network.cls_token is not None:
-        attn = getattr(network.blocks[-1], "attn", None)
-        if not isinstance(attn, PLAIN) or getattr(attn, "num_kv_groups", 1) > 1:
-            raise UsageError("this ViT cannot teach: no plain softmax(q·k) attention")
-    elif not isinstance(attn, layers.AttentionPoolLatent):
-        raise UsageError("this ViT cannot teach: it has no [CLS] and no pooling query")
-    config = timm.data.resolve_model_data_config(network)
-    size, grid, mean_std = embed.img_size, embed.grid_size, (config["mean"], config["std"])
-    return network.blocks, network.embed_dim, size, grid, mean_std, attn
+    if network.cls_token is None:
+        if not isinstance(network.attn_pool, layers.AttentionPoolLatent):
+            raise UsageError("this ViT cannot teach: it has no [CLS] and no pooling query")
+        return network.attn_pool
+    attn = getattr(network.blocks[-1], "attn", None)
+    if not isinstance(attn, PLAIN) or getattr(attn, "num_kv_groups", 1) > 1:
+        raise UsageError("this ViT cannot teach: no plain softmax(q·k) attention")
+    return attn
 
 
 class Teacher(nn.Module):
     """A ViT of ours, open_clip's or timm's, frozen, that sees the intact image (3.1). Hooks,
-    registered before any compilation, capture the outputs of the last K blocks and the queries q
-    and keys k of the salient attention. Raises UsageError as anatomy does, or if K exceeds the
-    depth. Deviation: without a [CLS], the mean patch and the pooling query take its place."""
+    registered before any compilation, capture the outputs of the last K blocks and the last
+    attention's queries q and keys k. Deviation: in a ViT without [CLS], the mean patch and the
+    pooling query stand for it. Raises UsageError as timm_attn does, or if K exceeds the depth."""
 
     def __init__(self, network, levels=5):
         super().__init__()
-        blocks, self.dim, *sizes, attn = anatomy(network)
-        self.image_size, self.grid, self.mean_std = sizes
-        self.network, self.levels, self.depth = network, levels, len(blocks)
-        self.count = math.prod(self.grid)  # N
-        self.has_cls = attn is not getattr(network, "attn_pool", None)
+        self.network, self.levels = network, levels
+        if isinstance(network, ViT):  # which normalises for itself
+            blocks, proj = network.blocks, network.patch_embed["proj"]
+            self.image_size, self.grid, attn = network.image_size, network.grid, blocks[-1].attn
+            config = dict(mean=(0, 0, 0), std=(1, 1, 1))
+        elif hasattr(network, "class_embedding"):  # open_clip's
+            blocks, proj = network.transformer.resblocks, network.conv1
+            self.image_size, self.grid = network.image_size, network.grid_size
+            attn, config = blocks[-1].attn, network.preprocess_cfg
+        else:
+            attn = timm_attn(network)
+            blocks, embed = network.blocks, network.patch_embed
+            proj, self.image_size, self.grid = embed.proj, embed.img_size, embed.grid_size
+            config = timm.data.resolve_model_data_config(network)
+        self.mean_std, self.count = (config["mean"], config["std"]), math.prod(self.grid)
+        self.depth, self.dim = len(blocks), proj.out_channels
         if not 1 <= levels <= self.depth:
-            raise UsageError(f"levels must be 1 to the teacher's depth {len(blocks)}: {levels}")
+            raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
+        self.has_cls = attn is not getattr(network, "attn_pool", None)
         # filled by hooks: bound methods, which deepcopy rebinds
         self.outputs, self.q, self.k = [], None, None
         for block in blocks[-levels:]:
@@ -269,7 +273,7 @@ class Teacher(nn.Module):
     def forward(self, images):
         """Images [B,3,height,width], resized to image_size -> levels, a list of K raw block outputs
         [B,1+N,E], and the attention [B,N] of [CLS] to the patches, fp32."""
-        images = normalise(images, *self.mean_std) if self.mean_std else to_float(images)
+        images = normalise(images, *self.mean_std)
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
         self.network(images.to(next(self.network.parameters()).dtype))
@@ -342,16 +346,14 @@ def attentive_keep(attention, ratio, noise=None):
 
 
 def random_keep(batch, patches, ratio, device=None, noise=None):
-    """B, N, optional noise [B,N] -> keep [B,V], sampled uniformly without replacement (3.2): equal
-    attention to all. Raises UsageError as visible_count does."""
+    """B, N, optional noise [B,N] -> keep [B,V], sampled uniformly without replacement (3.2)."""
     return attentive_keep(torch.ones(batch, patches, device=device), ratio, noise)
 
 
 # --- 3.3 Dynamic alignment ----------------------------------------------------------------------
 
 def whiten(y):
-    """Teacher features [...,E] -> [...,E] of mean 0 and variance 1 (3.3): LayerNorm without affine,
-    in fp32 or finer."""
+    """Features [...,E] -> mean 0, variance 1 (3.3): LayerNorm without affine, fp32 or finer."""
     return F.layer_norm(y.to(torch.promote_types(y.dtype, torch.float32)), y.shape[-1:], eps=1e-5)
 
 
@@ -364,9 +366,8 @@ def align_loss(pred, target):
 
 class DynamicAlignment(nn.Module):
     """Mixes S student features for each of K teacher levels by the Dynamic Alignment matrix W,
-    `matrix` [K,S], and maps width D to E by K linear `adaptors` (3.3). Deviation: only rows and
-    adaptors that the loss reaches exist; each row's 1 starts at evenly matched depth (identity at
-    equal depths)."""
+    `matrix` [K,S], and maps D to E by K linear `adaptors` (3.3). Deviation: only rows and adaptors
+    that the loss reaches exist; each row's 1 starts at matched depth (identity at equal depths)."""
 
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
@@ -380,8 +381,7 @@ class DynamicAlignment(nn.Module):
     def forward(self, features):
         """List of S tensors [B,1+V,D] -> list of K tensors [B,1+V,E]."""
         # ŷ_k = A_k( Σ_s W_ks x_s )
-        # not in bf16, which rounds 1.01 to 1.0078
-        with torch.autocast(self.matrix.device.type, enabled=False):
+        with torch.autocast(self.matrix.device.type, enabled=False):  # bf16 rounds 1.01 to 1.0078
             mixed = einsum(self.matrix, torch.stack(features), "k s, s b v d -> k b v d")
         return [adaptor(x) for adaptor, x in zip(self.adaptors, mixed)]
 
@@ -482,17 +482,17 @@ def read_weights(source):
 
 def fit_positions(positions, grid):
     """A file's positions [1,1+N,D], grid (rows, columns) -> positions of that grid. A file does not
-    tell its own: it is the same, or else a square, unless rows of another length are far more
-    alike. Unchanged if N is neither's."""
+    tell its own, but sin-cos positions do; others are taken for the same grid's, or else a
+    square's, and stay as they are if N is neither's."""
     cls, x = positions[0].float().tensor_split([1])
     count, side = len(x), math.isqrt(len(x))
-    # columns: mean squared difference of a patch and the one below it
-    steps = {n: (x[n:] - x[:-n]).square().mean() for n in range(1, count) if count % n == 0}
-    usual = {side ** 2: side, math.prod(grid): grid[1]}.get(count)
-    if usual not in steps:
+    own = grid if count == math.prod(grid) else (side, side)
+    for shape in [(n, count // n) for n in range(1, count + 1) if count % n == 0]:
+        if F.mse_loss(x, sincos_2d(x.shape[1], shape)[1:]) < 0.01:
+            own = shape
+    if math.prod(own) != count:
         return positions
-    steps[usual] *= 0.6
-    x = rearrange(x, "(r s) d -> 1 d r s", s=min(steps, key=steps.get))
+    x = rearrange(x, "(r s) d -> 1 d r s", r=own[0])
     x = F.interpolate(x, grid, mode="bicubic", align_corners=False)
     return torch.cat([cls, rearrange(x, "1 d r s -> (r s) d")])[None]
 
@@ -559,7 +559,7 @@ def clip_network(name, weights, grid):
 def timm_network(name, weights, grid):
     """load_teacher's arguments -> a ViT of timm."""
     network = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
-    anatomy(network)  # raises
+    timm_attn(network)  # raises
     notes = str(network.pretrained_cfg.get("notes"))
     if weights and "QuickGELU" in notes and "quickgelu" not in name:
         raise UsageError(f"{name} was trained with QuickGELU: use its clip_quickgelu_ name")
