@@ -44,7 +44,7 @@ class UsageError(ValueError):
 # --- 3.1 Model structure: the student -----------------------------------------------------------
 
 def can_check(x):
-    """Whether to look at values: a GPU would have to wait, a compiled graph would break."""
+    """Whether values may be looked at: a GPU would have to wait, a compiled graph would break."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -164,7 +164,7 @@ class ViT(nn.Module):
         sizes = dict(r=self.grid[0], s=self.grid[1], p=self.patch_size, q=self.patch_size)
         patches = rearrange(images, "b c (r p) (s q) -> b (r s) c p q", **sizes)
         positions = self.pos_embed
-        if keep is not None:  # before anything is computed: a dropped patch costs nothing
+        if keep is not None:  # a dropped patch costs nothing, a kept one keeps its position
             patches, positions = pick(patches, keep), take(positions, keep)
         x = normalise(patches, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
         proj = self.patch_embed["proj"]
@@ -320,8 +320,8 @@ class Teacher(nn.Module):
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
 
 def visible_count(patches, ratio):
-    """N, r -> V = ⌊N(1−r)⌋. Deviation: exact, 4, not 3, for N 20, r 0.8. Raises UsageError unless
-    0 <= r < 1 and V >= 1."""
+    """N, r -> V = ⌊N(1−r)⌋. Deviation: in exact arithmetic (N 20, r 0.8: 4; official code: 3).
+    Raises UsageError unless 0 <= r < 1 and V >= 1."""
     share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)  # of 0.7, not the float beside it
     count = patches * share.numerator // share.denominator
     if count < 1:
@@ -358,10 +358,10 @@ def whiten(y):
 
 
 def align_loss(pred, target):
-    """Prediction and whitened target, both [...,E] -> scalar, fp32 or finer (3.3). Deviation: as in
-    the paper; the official code doubles it, which AdamW does not notice."""
+    """Prediction and whitened target, both [...,E] -> scalar of target's dtype (3.3). Deviation: as
+    in the paper; the official code doubles it, which Adam's step does not see."""
     # L(ŷ,ȳ) = ½(ŷ−ȳ)² if |ŷ−ȳ| <= 1 else |ŷ−ȳ|−½, mean over tokens and channels
-    return F.smooth_l1_loss(pred.to(torch.promote_types(pred.dtype, torch.float32)), target)
+    return F.smooth_l1_loss(pred.to(target.dtype), target)
 
 
 class DynamicAlignment(nn.Module):
@@ -428,7 +428,8 @@ SURPLUS = (r"^((module|_orig_mod|model|base_encoder|encoder|backbone|student)\.)
 ASIDE = r"\w*(head|fc_norm|decoder|predictor|mask_token|momentum_|distill_|clip_model|dino_model)"
 REBUILD = {"OrderedDict": OrderedDict, "_rebuild_parameter": lambda tensor, *others: tensor,
            "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2}
-FOREIGN = {"embeddings.": "Hugging Face", "conv_proj.": "torchvision"}
+FOREIGN = {"embeddings.": " (Hugging Face's names? timm has the same weights by name)",
+           "conv_proj.": " (torchvision's names? timm has the same weights by name)"}
 
 
 def pixels(grid, patch_size):
@@ -528,10 +529,9 @@ def load_encoder(network, source):
         network.load_state_dict(spare | used)
     except (RuntimeError, LookupError, ValueError) as error:  # torch's and timm's
         lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
-        hints = [f" ({who}'s? timm has the same weights by name)"
-                 for part, who in FOREIGN.items() if part in names]
-        raise UsageError(f"{source} does not fit the encoder: it holds {names[:150]}"
-                         f"{''.join(hints)}; {' '.join(lines)}") from error
+        hint = "".join(FOREIGN[part] for part in FOREIGN if part in names)
+        raise UsageError(f"{source} does not fit the encoder: it holds {names[:150]}{hint}; "
+                         f"{' '.join(lines)}") from error
     return sorted(map(str, aside | (state.keys() - used)))
 
 
