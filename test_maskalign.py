@@ -8,12 +8,10 @@ import copy
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -44,14 +42,6 @@ import timm
 import torch
 from PIL import Image, ImageDraw
 from hypothesis import assume, example, given, settings, strategies as st
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
-from timm.models import vision_transformer
 from torch._dynamo.testing import CompileCounter
 from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                     register_optimizer_step_pre_hook)
@@ -68,9 +58,6 @@ logging.getLogger("torch.__trace").propagate = False  # pytest would write its g
 
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("fast")
-IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
-IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
-IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
@@ -286,7 +273,7 @@ def test_levels_and_attention_are_those_of_timms_network(monkeypatch, kind):
     if kind in ("ours", "open_clip"):  # timm reads their weights
         prefix = "visual." if kind == "open_clip" else ""
         state = {prefix + key: x for key, x in network.state_dict().items() if key != "proj"}
-        theirs.load_state_dict(vision_transformer.checkpoint_filter_fn(state, theirs))
+        theirs.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, theirs))
     attn = theirs.blocks[-1].attn if theirs.cls_token is not None else theirs.attn_pool
     attn.fused_attn = False  # calls Tensor.softmax
     x = v2.functional.normalize(images, theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
@@ -304,8 +291,7 @@ def test_levels_and_attention_are_those_of_timms_network(monkeypatch, kind):
         patches, others = output if isinstance(output, tuple) else (output, None)
         first = patches.mean(1, True) if theirs.cls_token is None else others[:, :1]
         same(level, torch.cat([first, patches], dim=1), atol=5e-5)
-    assert (teacher.dim, teacher.depth, teacher.levels) == (24, 3, 2)
-    assert (teacher.grid, teacher.image_size) == ((3, 5), (42, 70))
+    assert (teacher.dim, teacher.depth, teacher.levels, teacher.grid) == (24, 3, 2, (3, 5))
     weights = [id(tensor) for tensor in teacher.state_dict(keep_vars=True).values()]
     assert len(weights) == len(set(weights))  # saved once
 
@@ -315,11 +301,12 @@ def test_images_of_any_size_are_resized_and_of_another_range_refused(teacher):
     resized = torch.nn.functional.interpolate(images / 255, teacher.image_size, mode="bicubic")
     same(teacher(images), teacher(images / 255), atol=1e-5)
     same(teacher(images), teacher(resized), atol=1e-4)
-    for network, value in itertools.product((teacher, small_vit()), (-0.6, 11.0, 255.0)):
-        images = torch.rand(2, 3, *network.image_size)
-        images[1, 2, 3, 4] = value
-        with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
-            network(images)
+    for network in (teacher, small_vit()):
+        for value in (-0.6, 11.0, 255.0):
+            images = torch.rand(2, 3, *network.image_size)
+            images[1, 2, 3, 4] = value
+            with pytest.raises(ma.UsageError, match=r"float in \[0, 1\]"):
+                network(images)
 
 
 def test_a_student_learns_from_a_frozen_teacher(teacher):
@@ -397,8 +384,7 @@ def test_a_network_that_cannot_teach_is_refused(name, says):
 
 @given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99))
 @example(3, 196, 70)  # the paper's 58
-@example(3, 10, 90)  # 1 and 4, where floats fall short
-@example(3, 20, 80)
+@example(3, 10, 90)  # 1, not 0
 def test_keep_is_distinct_in_range_and_of_exact_length(batch, patches, percent):
     count = int(patches * (1 - Fraction(percent, 100)))
     assume(count)
@@ -474,8 +460,8 @@ def test_dynamic_alignment_equals_loops(student, teacher, levels):
 
 
 @pytest.mark.parametrize("student, teacher, matched", [
-    (12, 12, [7, 8, 9, 10, 11]), (24, 12, [15, 17, 19, 21, 23]), (12, 24, [9, 10, 10, 11, 11]),
-    (3, 5, [0, 1, 1, 2, 2])])
+    (12, 12, [7, 8, 9, 10, 11]), (3, 5, [0, 1, 1, 2, 2]), (5, 5, [0, 1, 2, 3, 4]),
+    (24, 12, [15, 17, 19, 21, 23]), (12, 24, [9, 10, 10, 11, 11])])
 def test_the_matrix_starts_with_a_1_per_row_at_matching_depth(student, teacher, matched):
     matrix = ma.DynamicAlignment(student, 4, teacher, 4, 5).matrix.detach()
     same(matrix, torch.eye(student)[matched] + 0.01, atol=1e-6)
@@ -570,11 +556,11 @@ class Planted:
 
 X = torch.zeros(2)
 BESIDE = dict(args=argparse.Namespace(lr=0.1, out=Path("out"), nested=dict(a=[1, None])), rest=[
-    Planted(), Planted, print, {1, 2}, slice(1), signal.SIGINT, PureWindowsPath("C:/out"), bytes(2),
+    Planted(), Planted, print, {1, 2}, signal.SIGINT, PureWindowsPath("C:/out"), time.gmtime(),
     numpy.float64(0.5), numpy.array([None, "a"]), numpy.dtype("f4"), numpy.random.get_state(),
-    random.getstate(), time.gmtime(), Fraction(1, 2), collections.defaultdict(list, a=[1]),
-    collections.deque([1]), collections.Counter("aa"), torch.float16, torch.Size([3]),
-    torch.device("cuda:1"), torch.nn.Parameter(X), torch.eye(2).to_sparse(), X.to(torch.uint16)])
+    collections.defaultdict(list, a=[1]), collections.deque([1]), bytes(2), slice(1),
+    torch.float16, torch.device("cuda:1"), torch.Size([3]), torch.nn.Parameter(X),
+    torch.eye(2).to_sparse(), X.to(torch.uint16)])
 
 
 def named(prefix, state):
@@ -587,14 +573,12 @@ def without(prefix, state):
 
 FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "ours": (lambda s: dict(student=s, align=dict(matrix=X), step=3), "align step"),
-    "our classifier": (lambda s: without("norm.", s) | {"fc_norm.weight": X, "head.bias": X},
-                       "fc_norm.weight head.bias"),
     "timm": (lambda s: s | {"head.weight": X}, "head.weight"),
     "timm's training": (lambda s: dict(BESIDE, arch="x", state_dict=s), "arch args rest"),
     "MAE": (lambda s: dict(BESIDE, model=s | dict(mask_token=X) | {"decoder_embed.weight": X}),
             "args decoder_embed.weight mask_token rest"),
-    "MAE, fine-tuned": (lambda s: dict(BESIDE, model=without("norm.", s) | {"head.bias": X}),
-                        "args head.bias rest"),
+    "classifier": (lambda s: without("norm.", s) | {"fc_norm.bias": X, "head.bias": X},
+                   "fc_norm.bias head.bias"),
     "DINO": (lambda s: dict(student=named("module.backbone.", small_vit().state_dict()), teacher={
         **named("module.backbone.", s), "module.head.mlp.0.bias": X}), "head.mlp.0.bias student"),
     "official": (lambda s: dict(model={**named("model.", s), "distill_w": X, "clip_model.x": X}),
@@ -605,8 +589,7 @@ FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "MoCo v3": (lambda s: dict(state_dict=named("module.base_encoder.", s | {"head.0.bias": X}) | {
         "module.momentum_encoder.norm.bias": X, "module.predictor.0.bias": X}),
         "head.0.bias momentum_encoder.norm.bias predictor.0.bias"),
-    "wrapped": (lambda s: dict(state_dict=dict(module=named(
-        "_orig_mod.module.student.encoder.backbone.", s))), ""),
+    "wrapped": (lambda s: dict(state_dict=dict(module=named("_orig_mod.student.encoder.", s))), ""),
     "before 2020": (lambda s: dict(BESIDE, model=s), "args rest"),
     "numbers": (lambda s: {"model": s | {"epoch": 3}, 0: 1}, "0"),
     "safetensors": (lambda s: s, ""),
@@ -625,7 +608,7 @@ def test_every_format_of_an_encoder_loads(tmp_path, monkeypatch, kind):
     else:
         torch.save(content, f"a.{kind}", _use_new_zipfile_serialization=kind != "before 2020")
     assert ma.load_encoder(target, f"a.{kind}") == aside
-    if {"fc_norm.weight", "head.bias"} & set(aside):  # a classifier has no norm; ours stays
+    if kind == "classifier":  # it has no norm; ours stays
         state |= {key: x for key, x in before.items() if key.startswith("norm.")}
     same(target.state_dict(), state)
     assert not Path("evil-was-here").exists()
@@ -759,7 +742,6 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
     ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
     ("ViT-test-14", "missing.pt", "missing.pt was not read: .*No such file"),
     ("vit_digits_patch4_32", "missing.pt", "missing.pt was not read: .*No such file"),
-    ("deit_tiny_patch16_224", "missing.pt", "missing.pt was not read: .*No such file"),
     ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
     ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
     ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
