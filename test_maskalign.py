@@ -156,9 +156,8 @@ def test_the_student_equals_loops():
     same(levels, loops, atol=1e-5)
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == [
         "pos_embed", "norm.weight", "norm.bias"]
-    weight = torch.rand_like(loops)  # all others have a gradient
-    same(*[torch.autograd.grad((x * weight).sum(), trainable(network)) for x in (levels, loops)],
-         atol=1e-4)
+    w = torch.rand_like(loops)  # all others have a gradient
+    same(*[torch.autograd.grad((x * w).sum(), trainable(network)) for x in (levels, loops)], 1e-4)
 
 
 def test_the_student_sees_the_kept_patches_alone_and_in_their_order():
@@ -168,11 +167,12 @@ def test_the_student_sees_the_kept_patches_alone_and_in_their_order():
     kept = kept.repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
     other = torch.where(kept, images, torch.rand(2, 3, 12, 20))
     same(network(images, keep), network(other, keep))
-    with FlopCounterMode(display=False) as flops:  # of B, V patches of 3·4·4 pixels, D
+    with FlopCounterMode(display=False) as flops:
         small_vit(image_size=(12, 20), depth=0)(images, keep)
-    assert flops.get_total_flops() == 2 * 2 * 7 * 48 * 8
-    with pytest.raises(RuntimeError, match="[Ss]hape"):
-        network(torch.rand(2, 3, 20, 12), keep)
+    assert flops.get_total_flops() == 2 * 2 * 7 * 48 * 8  # B images, V patches, 3·4·4 pixels, D
+    for size in ((12, 28), (28, 20)):
+        with pytest.raises(RuntimeError, match="[Ss]hape"):
+            network(torch.rand(2, 3, *size), keep)
     whole, order = network(images), torch.randperm(15).expand(2, -1)
     same(network(images, torch.arange(15).expand(2, -1)), whole, atol=1e-6)
     same(network(images, order), [ma.take(level, order) for level in whole], atol=1e-5)
@@ -223,8 +223,7 @@ FAMILIES = [  # timm's real classes; a second word is an option, the last three 
     "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
     "vit_small_patch16_rope_mixed_224", "eva02_base_patch16_clip_224",
     "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_256.v2_webli",
-    "vit_so150m_patch16_reg4_map_256",
-]
+    "vit_so150m_patch16_reg4_map_256"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -239,7 +238,7 @@ def small_clip(tmp_path_factory):
 
 
 def make(kind):
-    """A ViT of ours, open_clip's or one of timm's FAMILIES: small, shaken, E 24, 3x5 patches."""
+    """A small ViT of random values, E 24 and 3x5 patches: ours, open_clip's or timm's by name."""
     torch.manual_seed(0)
     if kind == "ours":
         return shaken(small_vit(image_size=(42, 70), patch_size=14, dim=24))
@@ -337,8 +336,7 @@ def test_calls_and_copies_of_a_teacher_are_independent(teacher):
     with pytest.raises(ZeroDivisionError):
         teacher(images * 0)
     handle.remove()
-    for _ in range(2):
-        same(teacher(images), expected)
+    same([teacher(images), teacher(images)], [expected, expected])
     for value in vars(teacher).values():  # no image's features
         assert not any(map(torch.is_tensor, value if isinstance(value, list) else [value]))
     shaken(teacher)
@@ -445,18 +443,16 @@ def test_align_loss_is_the_piecewise_formula(values):
     assert torch.autograd.gradcheck(lambda pred: ma.align_loss(pred, target), pred)
 
 
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 6))
+@pytest.mark.parametrize("student, teacher, levels", [(3, 5, 2), (5, 3, 3), (2, 4, 1), (4, 4, 3)])
 def test_dynamic_alignment_equals_loops(student, teacher, levels):
-    assume(levels <= teacher)
     align = ma.DynamicAlignment(student, 7, teacher, 11, levels).double()
     features = [torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(student)]
     out = torch.stack(list(align(features)))
     loops = torch.stack([adaptor(sum(row[s] * features[s] for s in range(student)))
                          for adaptor, row in zip(align.adaptors, align.matrix, strict=True)])
     same(out, loops, atol=1e-9)
-    weight = torch.randn(out.shape, dtype=torch.float64)
-    same(*[torch.autograd.grad((x * weight).sum(), align.parameters()) for x in (out, loops)],
-         atol=1e-9)
+    w = torch.randn(out.shape, dtype=torch.float64)
+    same(*[torch.autograd.grad((x * w).sum(), align.parameters()) for x in (out, loops)], 1e-9)
 
 
 @pytest.mark.parametrize("student, teacher, matched", [
@@ -655,14 +651,12 @@ def damaged(file):
 
 
 @pytest.mark.parametrize("name, write, says", [
-    ("script.pt", lambda f: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), f),
-     "TorchScript.*state_dict"),
+    ("script.pt", lambda f: torch.jit.script(torch.nn.Identity()).save(f), "TorchScript"),
     ("flipped.pt", damaged, "damaged in flipped/data/0"),
     ("text.pt", lambda f: Path(f).write_text("no weights"), "."),
-    ("empty.pt", lambda f: Path(f).touch(), "."),
     ("list.pt", lambda f: torch.save([torch.zeros(3)], f), "no dict"),
     ("text.safetensors", lambda f: Path(f).write_text("no weights"), "."),
-    ("missing.pt", lambda f: None, "No such file"),
+    ("empty.pt", lambda f: Path(f).touch(), "."), ("missing.pt", lambda f: None, "No such file"),
     ("missing.safetensors", lambda f: None, "No such file"),
 ])
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -736,8 +730,7 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
 
 @pytest.mark.parametrize("name, weights, says", [
     ("ViT-test-14", "", "not read"),
-    ("ViT-B-16-quickgellu", None, "ViT-B-16-quickgellu cannot teach: no plain ViT"),
-    ("resnet18", None, "a ResNet cannot teach"),
+    ("ViT-B-16-quickgellu", None, "no plain ViT"), ("resnet18", None, "a ResNet cannot teach"),
     ("RN50", None, "RN50 cannot teach"), ("ViT-B-16-SigLIP", None, "SigLIP cannot teach"),
     ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
     ("ViT-test-14", "missing.pt", "missing.pt was not read: .*No such file"),
