@@ -54,15 +54,12 @@ import math
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
 import warnings
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,13 +67,12 @@ import filelock
 import numpy
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
-from torch import distributed as dist, multiprocessing, nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch import distributed as dist, nn
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -107,33 +103,36 @@ def number(kind, lowest, highest=2 ** 31):
 
 def image_size(text):
     """A type for argparse: "N" or "HxW" -> (height, width) in pixels."""
-    height, _, width = text.partition("x")
-    return number(int, 1)(height), number(int, 1)(width or height)
+    sides = list(map(number(int, 1), text.split("x", 1)))
+    return sides[0], sides[-1]
 
 
 TYPES = dict(N=number(int, 1), INT=number(int, 0), X=number(float, 0), R=number(float, 0, 1),
              P=number(float, 0, 0.99), HxW=image_size)
 
 
-def parse(argv):
-    """A command line -> all arguments, with the task's defaults. Raises UsageError if they do not
-    fit together; exits as argparse does if one is invalid."""
-    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
-    option("--compile", action=argparse.BooleanOptionalAction)
-    defaults = {}  # for pretrain, finetune, probe, digits
+def read_options(argv, column):
+    """A command line -> its arguments, with the defaults of a column of the docstring. Exits as
+    argparse does if one is invalid."""
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS)
+    parser.format_help = lambda: __doc__
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     for line in re.findall("^  (--[a-z].+)", __doc__, re.M):
         words, *row, _ = re.split("  +", line)
         flag, metavar = words.split()
         choices = metavar[1:-1].split(",") if metavar[0] == "{" else None
-        row = [None if default == "-" else default for default in row]
-        action = option(flag, type=TYPES.get(metavar, str), choices=choices, default=row[0])
-        defaults[action.dest] = row if len(row) == 4 else row[:1] * 3 + row[-1:]
-    first = parser.parse_args(argv)
-    column = 3 if is_digits(first.data) else ("pretrain", "finetune", "probe").index(first.task)
-    parser.set_defaults(**{name: row[column] for name, row in defaults.items()})
-    args = parser.parse_args(argv)
+        default = row[column if len(row) == 4 else min(column, 0)]
+        parser.add_argument(flag, type=TYPES.get(metavar, str), choices=choices,
+                            default=None if default == "-" else default)
+    return parser.parse_args(argv)
+
+
+def parse(argv):
+    """A command line -> all arguments, with the task's defaults, or, last, those for digits. Raises
+    UsageError if they do not fit together; exits as argparse does if one is invalid."""
+    first = read_options(argv, 0)
+    tasks = "pretrain", "finetune", "probe"
+    args = read_options(argv, -1 if is_digits(first.data) else tasks.index(first.task))
     if "" in vars(args).values():
         raise UsageError("an option has an empty value")
     if not is_digits(args.data) and 0 < args.epochs < args.warmup_epochs:
@@ -164,18 +163,6 @@ SIGNALS = {number for number in signal.Signals if number.name in ("SIGTERM", "SI
 stop = SimpleNamespace(signal=0, unsaved=False, saved="nothing was trained yet")
 
 
-def listen(workers):
-    """Answer signals from now on. What starts the loader's workers is started first, with signals
-    blocked, and so are they: SLURM and terminals send them to all."""
-    if workers and sys.platform == "linux":
-        resource_tracker.ensure_running()  # it unblocks two of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        forkserver.ensure_running()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    for number in SIGNALS:
-        signal.signal(number, on_signal)
-
-
 def on_signal(number, frame):
     """End at once if every step is saved, or at a second Ctrl-C; else the loop saves first, at the
     end of the step or, with several ranks, where they next agree on it."""
@@ -192,13 +179,10 @@ def leave():
     os._exit(128 + stop.signal)
 
 
-def follow(pid, worker):
-    """In a loader's worker: end when its rank does, be it killed (Linux). The worker's parent is
-    the fork server, which would live on with it."""
-    with contextlib.suppress(AttributeError, PermissionError):
-        life = os.pidfd_open(pid)
-        ended = functools.partial(select.select, [life], [], [])
-        threading.Thread(target=lambda: ended() and os._exit(1), daemon=True).start()
+def ignore_signals(worker):
+    """In a loader's worker: SLURM and terminals signal all processes, but ranks answer."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def gather(mine):
@@ -221,9 +205,14 @@ def progress(items, **more):
     return tqdm(items, disable=RANK > 0, **more)
 
 
+def say(text):
+    """Print a line, on rank 0."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
-multiprocessing.set_forkserver_preload(["timm", "torchvision"])  # which take seconds
+EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 # Pillow's 1 MB bounds the text and colour profiles of a PNG; its bound of the pixels stays
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
@@ -238,27 +227,31 @@ def is_digits(data):
     return data.partition(":")[0] == "digits"
 
 
-@functools.cache
-def font(size):
-    """Pillow's own; a Digits does not hold it, for it cannot be sent to a worker."""
-    return ImageFont.load_default(size)
+# Pillow's own, by size; a Digits does not hold it, for it cannot be sent to a worker
+font = functools.cache(ImageFont.load_default)
 
 
-class Digits:
-    """`count` digits of random place, size, angle and colours, as images of a size (H, W), the same
-    in every epoch if `fixed`. As from every source: source[keys], of a micro-batch of keys (epoch,
-    index) -> images uint8 [b,3,H,W], labels [b]."""
+class Source:
+    """Images of `classes` and a `size` (H, W): source[keys], of a micro-batch of keys (epoch,
+    index), -> images uint8 [b,3,H,W], labels [b]; name(index) is for messages."""
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, keys):
+        return default_collate([self.read(*key) for key in keys])
+
+
+class Digits(Source):
+    """`count` digits of random place, size, angle and colours, the same in every epoch if
+    `fixed`."""
     classes = list("0123456789")
-    name = int  # what an image is called in messages
+    name = int
 
     def __init__(self, count, size, seed, fixed):
         self.count, self.size, self.seed, self.fixed = count, size, seed, fixed
 
-    def __len__(self):
-        return self.count
-
-    def render(self, epoch, index):
-        """An image uint8 [3,H,W]."""
+    def read(self, epoch, index):
+        """An image uint8 [3,H,W] and its label."""
         draw = random.Random(seed_of(self.seed, not self.fixed and epoch, index))
         height, width = self.size
         glyph = Image.new("L", (width, height))
@@ -269,11 +262,7 @@ class Digits:
         image = ground.resize(glyph.size, Image.BILINEAR)
         ink = tuple(draw.choices(range(204, 256), k=3))
         image.paste(ink, mask=glyph.rotate(draw.uniform(-30, 30), Image.BILINEAR))
-        return v2.functional.pil_to_tensor(image)
-
-    def __getitem__(self, keys):
-        images = [self.render(*key) for key in keys]
-        return torch.stack(images), torch.tensor([index % 10 for _, index in keys])
+        return v2.functional.pil_to_tensor(image), index % 10
 
 
 def as_seen(image):
@@ -299,30 +288,28 @@ def augmentation(task, size):
     # bilinearly, erased with ImageNet's mean colour, where MAE's are bicubic, with noise.
     crop = v2.RandomResizedCrop(size, (0.2 if task == "pretrain" else 0.08, 1.0),
                                 (3 / 4 * aspect, 4 / 3 * aspect), Image.BICUBIC)
-    mean, more = (124, 116, 104), []
+    steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip()]
     if task == "finetune":
-        more = [v2.RandAugment(2, 9, interpolation=Image.BILINEAR, fill=mean),
-                v2.RandomErasing(0.25, value=mean)]
-    return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(), *more])
+        mean = 124, 116, 104
+        steps += [v2.RandAugment(2, 9, interpolation=Image.BILINEAR, fill=mean),
+                  v2.RandomErasing(0.25, value=mean)]
+    return v2.Compose(steps)
 
 
-class Folder:
-    """Images {file: class} in a folder, augmented for a task or, without one, centred. Names and
-    bad files are tensors, which the loader's workers share, where each would copy a list."""
+class Folder(Source):
+    """Images {file: class} in a folder, augmented for a task or, without one, centred. Names are an
+    array, which forked workers share, where each would come to copy a list; they count bad files
+    together."""
     def __init__(self, root, classes, size, files, seed, task=None):
-        self.classes, self.size, self.seed = classes, size, seed
+        self.count, self.classes, self.size, self.seed = len(files), classes, size, seed
         self.augment = augmentation(task, size)
-        names = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
-        self.names = torch.from_numpy(names.view("u1").reshape(len(files), -1))
-        self.labels = torch.tensor(numpy.searchsorted(classes or [""], list(files.values())))
-        self.bad = torch.zeros(len(files), dtype=torch.bool)
-
-    def __len__(self):
-        return len(self.bad)
+        self.names = numpy.array([os.fsencode(os.path.join(root, file)) for file in files])
+        self.labels = numpy.searchsorted(classes or [""], list(files.values()))
+        self.bad = torch.zeros(self.count, dtype=torch.bool).share_memory_()
 
     def name(self, index):
         """A file, by its number."""
-        return os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))
+        return os.fsdecode(self.names[index])
 
     def read(self, epoch, index):
         """An image uint8 [3,H,W] and its label; the next readable one's if it cannot be read, which
@@ -341,13 +328,9 @@ class Folder:
                           file=sys.stderr)
                 self.bad[index] = True
             bad = self.bad.sum().item()
-            if bad > min(len(self) - 1, max(10, len(self) // 100)):
-                raise UsageError(f"{bad} of {len(self)} files are unreadable, the last {name}")
-            index = (index + 1) % len(self)
-
-    def __getitem__(self, keys):
-        images, labels = zip(*[self.read(*key) for key in keys])
-        return torch.stack(images), torch.stack(labels)
+            if bad == self.count or bad > max(10, self.count // 100):
+                raise UsageError(f"{bad} of {self.count} files are unreadable, the last {name}")
+            index = (index + 1) % self.count
 
 
 def scan(root):
@@ -364,13 +347,6 @@ def scan(root):
     return sorted(images)
 
 
-def labelled(files, split):
-    """Those of the files that lie in class folders of a split -> {file: class}; é is one letter,
-    whether the file system writes it as one character or, as a Mac's, as two."""
-    return {file: unicodedata.normalize("NFC", file.split("/")[1]) for file in files
-            if re.match(f"{split}/.+/", file)}
-
-
 def open_data(args, size):
     """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
     one to evaluate on, or None. Raises UsageError without images, or if val's classes are not
@@ -382,7 +358,9 @@ def open_data(args, size):
     box = [scan(args.data) if RANK == 0 else None]
     if WORLD > 1:  # a network disk may show each rank another folder
         dist.broadcast_object_list(box)
-    train, val = (labelled(box[0], split) for split in ("train", "val"))
+    # é is one letter, whether a file system writes one character or, as a Mac's, two
+    train, val = ({file: unicodedata.normalize("NFC", file.split("/")[1]) for file in box[0]
+                   if re.match(f"{split}/.+/", file)} for split in ("train", "val"))
     classes = sorted(set(train.values()))
     odd = sorted(set(val.values()) - set(classes))
     if not classes:  # nor labels
@@ -404,13 +382,11 @@ def loader(source, batches, args):
     if os.path.isdir(memory) and held > shutil.disk_usage(memory).free:
         raise UsageError(f"workers need {held >> 20} MiB of {memory}: lower --workers or "
                          "--micro-batch, or give a container more (docker run --shm-size)")
-    # a fork could hang where threads are; a fork server starts a worker from its imports at once
-    start = "forkserver" if sys.platform == "linux" else "spawn"
-    yield from DataLoader(
-        source, batch_size=None, sampler=batches, num_workers=args.workers,
-        pin_memory=args.device.type == "cuda",
-        multiprocessing_context=start if args.workers else None,
-        worker_init_fn=functools.partial(follow, os.getpid()))
+    # forked workers start at once, share the source, and end with their rank, be it killed
+    fork = "fork" if args.workers and sys.platform == "linux" else None
+    yield from DataLoader(source, batch_size=None, sampler=batches, num_workers=args.workers,
+                          pin_memory=args.device.type == "cuda", multiprocessing_context=fork,
+                          worker_init_fn=ignore_signals)
 
 
 def mixing(data, args):
@@ -433,10 +409,13 @@ class Schedule:
     """Rate, images and noise of a step, by (seed, step) alone, at any number of ranks: a run can be
     cut anywhere and resumed. A rank has `share` images of a step, in `parts` of at most `micro`."""
     def __init__(self, args, count):
-        self.args, self.count = args, count
-        self.steps = max(1, self.steps_in(args.epochs))
-        self.warmup = self.steps_in(args.warmup_epochs)
-        self.peak = args.blr * args.batch_size / 256
+        self.seed, self.device = args.seed, args.device
+        self.batch, self.count = args.batch_size, count
+        epoch = count / args.batch_size  # in steps; a trifle makes up for what floats fall short of
+        self.steps = max(1, int(args.epochs * epoch + 1e-6))
+        self.warmup = int(args.warmup_epochs * epoch + 1e-6)
+        self.every = args.eval_every * epoch * (1 - 1e-6) or self.steps
+        self.peak, self.lowest = args.blr * args.batch_size / 256, args.min_lr
         self.share = args.batch_size // WORLD
         self.parts = math.ceil(self.share / args.micro_batch)
         self.micro = math.ceil(self.share / self.parts)
@@ -444,29 +423,22 @@ class Schedule:
             raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
                              "--batch-size or --micro-batch")
 
-    def steps_in(self, epochs):
-        """Whole steps in so many epochs; none is lost where a float falls short."""
-        return int(epochs * self.count / self.args.batch_size + 1e-6)
-
     def rate(self, step):
-        """Learning rate: linear warm-up to the peak, then a cosine that ends at min_lr."""
+        """Learning rate: linear warm-up to the peak, then a cosine that ends at the lowest."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.args.min_lr + (self.peak - self.args.min_lr) * cosine
+        return self.lowest + (self.peak - self.lowest) * (1 + math.cos(math.pi * progress)) / 2
 
     def evaluates(self, last, done):
         """Whether an evaluation is due at step `done` if the last one was at step `last`."""
-        # a trifle less, for a float may lie above the whole number that is meant
-        every = self.args.eval_every * self.count / self.args.batch_size * 0.999999 or self.steps
-        return last < done and (done == self.steps or done // every > last // every)
+        return done // self.every > last // self.every or done == self.steps > last
 
     def keys(self, step, rank):
         """The (epoch, index) of a rank's images."""
-        first = step * self.args.batch_size + rank * self.share
+        first = step * self.batch + rank * self.share
         places = [divmod(at, self.count) for at in range(first, first + self.share)]
-        return [(epoch, order(self.count, self.args.seed, epoch)[at]) for epoch, at in places]
+        return [(epoch, order(self.count, self.seed, epoch)[at]) for epoch, at in places]
 
     def batches(self, done):
         """The keys of this rank's micro-batches, from step `done` on."""
@@ -475,9 +447,8 @@ class Schedule:
 
     def noise(self, step, width):
         """Uniform noise [b,width] for each micro-batch of this rank."""
-        device = self.args.device
-        generator = torch.Generator(device).manual_seed(seed_of(self.args.seed, "step", step))
-        noise = torch.rand(WORLD, self.share, width, generator=generator, device=device)
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "step", step))
+        noise = torch.rand(WORLD, self.share, width, generator=generator, device=self.device)
         return noise[RANK].split(self.micro)
 
 
@@ -490,9 +461,8 @@ class Classifier(nn.Module):
         # fine-tuning trains the positions, too, as MAE's does
         self.student = student.requires_grad_(not probe)
         student.norm.requires_grad_(False)
-        self.fc_norm = nn.LayerNorm(student.dim, eps=1e-6)
-        if probe:
-            self.fc_norm = nn.BatchNorm1d(student.dim, affine=False)
+        self.fc_norm = (nn.BatchNorm1d(student.dim, affine=False) if probe else
+                        nn.LayerNorm(student.dim, eps=1e-6))
         self.head = nn.Linear(student.dim, classes)
         nn.init.normal_(self.head.weight, std=0.01)
 
@@ -529,19 +499,15 @@ def build(args):
     return model.to(args.device), teacher, sources
 
 
-def layers(coarse):
-    """The layers of a model's parameters, first to last, by their names, in timm's words."""
-    block, last = r"student\.blocks\.(\d+)", ("", (99,))  # 99: after all blocks
-    return dict(stem=r"student\.[^b]", blocks=[(block, None), last])
-
-
 def make_optimiser(model, args):
     """AdamW, or SGD for a probe. Block l of S learns at layer_decay^(S+1-l) times the head's rate.
     1-D parameters and align.matrix are not decayed."""
     tuned = isinstance(model, Classifier)
     # Deviation: fine-tuning decays neither positions nor [CLS], as MAE's does not.
     exempt = ["student.cls_token", "student.pos_embed"] if tuned else ["align.matrix"]
-    model.group_matcher = layers
+    # timm's form: what is of the stem, of block (\d+), or, "", after all of them
+    model.group_matcher = lambda coarse: dict(
+        stem=r"student\.[^b]", blocks=[(r"student\.blocks\.(\d+)", None), ("", (99,))])
     groups = param_groups_layer_decay(
         model, args.weight_decay, exempt, layer_decay=args.layer_decay)
     if args.task != "probe":
@@ -553,10 +519,8 @@ def make_optimiser(model, args):
 def make_scaler(args):
     """fp16's gradient scaler. Else the scale is 1, below it after a gradient that is not finite,
     and all that it does is to take no step with one, without asking the device."""
-    kind = args.device.type
-    if args.amp == "fp16":
-        return torch.amp.GradScaler(kind)
-    return torch.amp.GradScaler(kind, init_scale=1.0, growth_interval=2 ** 31 - 1)
+    options = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
+    return torch.amp.GradScaler(args.device.type, **options)
 
 
 def autocast(args):
@@ -590,26 +554,21 @@ def loss_of(network, teacher, images, labels, noise, args):
         return network(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
 
 
-def poisoned(loss):
-    """The loss, with a NaN gradient if it is not finite, so that no rank takes the step."""
-    return loss * (1 + 0 * loss.detach())  # 0·inf = NaN
-
-
 # --- Evaluation: the ranks share the images -----------------------------------------------------
 @torch.no_grad()
 def outputs(function, source, args, most=2 ** 31):
     """function(images) and labels of this rank's images of a source, [m,…] and [m]; of at most so
     many, evenly spread."""
     chosen = range(0, len(source), math.ceil(len(source) / most))
-    # the sampler ends with some of other ranks' images, so that no rank is without one
-    share = [(0, chosen[i]) for i in DistributedSampler(chosen, WORLD, RANK, shuffle=False)]
-    batches = BatchSampler(share, args.micro_batch, drop_last=False)
+    # a rank that has none of them does the first, and leaves it out of its rows
+    own = chosen[RANK::WORLD]
+    keys = [(0, index) for index in own or chosen[:1]]
+    batches = BatchSampler(keys, args.micro_batch, drop_last=False)
     stream = progress(loader(source, batches, args), total=len(batches), delay=20, leave=False)
     with autocast(args):  # labels are cloned: as they come, each holds a file of shared memory open
         rows = [(function(images.to(args.device)).float(), labels.clone())
                 for images, labels in stream]
-    own = len(range(RANK, len(chosen), WORLD))
-    return [torch.cat(column)[:own] for column in zip(*rows)]
+    return [torch.cat(column)[:len(own)] for column in zip(*rows)]
 
 
 def feature_of(encoder):
@@ -623,35 +582,34 @@ def knn(encoder, bank, val, args):
     of the bank, and only the nearest k of it travel."""
     keys, classes = outputs(feature_of(encoder), bank, args)
     queries, labels = map(everyone, outputs(feature_of(encoder), val, args))
-    near = []  # cosine and class [2,q,≤k] of the nearest in this share, for each micro-batch
-    for query in queries.to(args.device).split(args.micro_batch):
-        cosine, index = (query @ keys.T).topk(min(20, len(keys)))
-        near.append(torch.stack([cosine.cpu(), classes[index.cpu()]]))
-    cosine, voters = everyone(torch.cat(near, dim=1), dim=2)
+    near = [(query @ keys.T).topk(min(20, len(keys)))
+            for query in queries.to(args.device).split(args.micro_batch)]
+    cosine, index = [torch.cat(column).cpu() for column in zip(*near)]
+    cosine, voters = everyone(cosine, dim=1), everyone(classes[index], dim=1)
     cosine, index = cosine.topk(min(20, len(bank)))
     votes = torch.zeros(len(val), len(bank.classes))
-    votes.scatter_add_(1, voters.gather(1, index).long(), (cosine / 0.07).exp())
+    votes.scatter_add_(1, voters.gather(1, index), (cosine / 0.07).exp())
     return accuracy(votes, labels)[0].item()
 
 
 def mutual_knn(encoder, teacher, source, args):
     """Of an image's 20 nearest neighbours among up to 2000 images, the percentage that are also
     among its 20 nearest for the teacher (Huh et al. 2024, arXiv 2405.07987); needs no labels."""
-    near = []  # [M,M], 1 for neighbours
+    near = []  # [M,20] each
     for network in (encoder, lambda images: teacher(images)[0]):
         x = everyone(outputs(feature_of(network), source, args, most=2000)[0])
-        index = (x @ x.T).fill_diagonal_(-2).topk(min(20, len(x) - 1)).indices
-        near.append(torch.zeros(len(x), len(x)).scatter(1, index, 1))
-    return 100 * (near[0] * near[1]).sum().item() / max(1, index.numel())
+        near.append((x @ x.T).fill_diagonal_(-2).topk(min(20, len(x) - 1)).indices)
+    mine, theirs = near
+    return 100 * (mine[:, :, None] == theirs[:, None]).any(dim=2).float().mean().item()
 
 
 def components(tokens, like=None):
     """Tokens [B,N,C] -> the first three principal components [B,N,3] of their whitened values, of
     variance 1; the signs are those that agree with `like`, another [B,N,3]."""
-    x = rearrange(whiten(tokens), "b n c -> (b n) c")
-    x = x - x.mean(dim=0)
-    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
-    x = rearrange(x / x.std(dim=0), "(b n) c -> b n c", b=len(tokens))
+    x = whiten(tokens).flatten(0, 1)
+    # left singular vectors are the components, of length 1
+    x = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False).U[:, :3] * (len(x) - 1) ** 0.5
+    x = x.unflatten(0, tokens.shape[:2])
     return x if like is None else x * (x * like).mean(dim=(0, 1)).sign()
 
 
@@ -665,13 +623,12 @@ def look(model, teacher, images):
     keep = attentive_keep(salience, model.mask_ratio)
     theirs = components(levels[-1][:, 1:])
     mine = components(model.student(images)[-1][:, 1:], like=theirs)
-    light = attention / attention.amax(dim=1, keepdim=True)
-    rows = [light[..., None], torch.zeros_like(light).scatter(1, keep, 1)[..., None],
-            (0.5 + mine / 4).clamp(0, 1), (0.5 + theirs / 4).clamp(0, 1)]
-    rows = [rearrange(row, "b (h w) c -> b c h w", h=model.student.grid[0]) for row in rows]
-    light, seen, *colours = [F.interpolate(row, images.shape[-2:]) for row in rows]
-    images = images / 255
-    return torch.cat([images, light.expand_as(images), images * seen, *colours])
+    light = repeat(attention / attention.amax(dim=1, keepdim=True), "b n -> b n c", c=3)
+    seen = torch.zeros_like(light).scatter(1, repeat(keep, "b v -> b v c", c=3), 1)
+    rows = torch.cat([light, seen, 0.5 + mine / 4, 0.5 + theirs / 4]).clamp(0, 1)
+    rows = rearrange(rows, "b (h w) c -> b c h w", h=model.student.grid[0])
+    light, seen, mine, theirs = F.interpolate(rows, images.shape[-2:]).chunk(4)
+    return torch.cat([images / 255, light, seen * images / 255, mine, theirs])
 
 
 def evaluate(model, teacher, sources, args):
@@ -681,8 +638,8 @@ def evaluate(model, teacher, sources, args):
     model.eval()
     result = {}
     if isinstance(model, Classifier):
-        logits, labels = map(everyone, outputs(model, val, args))
-        result["top1"], result["top5"] = map(float, accuracy(logits, labels, topk=(1, 5)))
+        top1, top5 = accuracy(*map(everyone, outputs(model, val, args)), topk=(1, 5))
+        result = dict(top1=top1.item(), top5=top5.item())
     elif val:
         result["knn"] = knn(model.student, bank, val, args)
     if teacher:
@@ -738,18 +695,18 @@ def owned(out):
         return contextlib.nullcontext()
 
 
-def save(out, model, parts, **rest):
+def save(out, model, parts, state):
     """Rank 0 writes last.pt, the state of all parts (student and align, or a classifier's;
-    optimiser and scaler) and the rest (step, log, arguments, ...); and the encoder, and the
+    optimiser and scaler) and of the run (step, log, arguments, ...); and the encoder, and the
     classifier. Then the process ends if a signal to any rank asked for it."""
     if RANK == 0:
         write(out / "student.pt", model.student.state_dict())
         if isinstance(model, Classifier):
             write(out / "classifier.pt", model.timm_state())
-            (out / "classes.txt").write_bytes(os.fsencode("\n".join(rest["classes"])))
-        write(out / "last.pt", {name: part.state_dict() for name, part in parts.items()} | rest)
+            (out / "classes.txt").write_bytes(os.fsencode("\n".join(state["classes"])))
+        write(out / "last.pt", {name: part.state_dict() for name, part in parts.items()} | state)
     stop.signal = max(gather(stop.signal))  # the other ranks wait for the files
-    stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {rest['step']}"
+    stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {state['step']}"
     if stop.signal:
         leave()
 
@@ -760,40 +717,42 @@ def load_start(model, source, classes):
     aside, source = load_encoder(model.student, source), Path(source)
     if source.name == "last.pt":
         source = source.with_name("classifier.pt")
-    names, head = source.with_name("classes.txt"), {}
+    names, state = source.with_name("classes.txt"), {}
     if names.exists() and names.read_bytes() == os.fsencode("\n".join(classes)):
-        head = {name: x for name, x in read_weights(source).items()
-                if name.startswith(("fc_norm.", "head."))}
-    taken = head.keys() == {n for n in model.state_dict() if not n.startswith("student.")} != set()
+        state = read_weights(source)
+    taken = isinstance(model, Classifier) and state.keys() == model.timm_state().keys()
     if taken:
-        model.load_state_dict(head, strict=False)
-        aside = [name for name in aside if name not in {*head, "fc_norm", "head"}]
-    print(f"--init {source}: {'its head is used, ' * taken}left aside {aside}")
+        model.load_state_dict(state, strict=False)  # fc_norm and head; the encoder's names differ
+    say(f"--init {source}: {'its head is used' if taken else f'left aside {aside}'}")
     return taken
 
 
-def resume(out, model, parts, init, facts):
-    """Load last.pt into the parts -> dict of step, log, and the step last evaluated. Rank 0 writes
-    a first one, with what --init has, unless there is one. Raises UsageError if it is of another
-    run; only epochs may grow."""
+def resume(out, model, parts, args, data):
+    """Load last.pt into the parts -> the run's state: step, step last evaluated, log, classes,
+    arguments. Rank 0 writes a first one, with what --init has, unless there is one. Raises
+    UsageError if it is of another run; only epochs may grow."""
     path = out / "last.pt"
+    new = {name: value for name, value in vars(args).items() if name not in FREE}
+    new["teacher_weights"] = os.path.basename(args.teacher_weights)  # a file may be moved
+    new["images in --data"] = len(data)
+    state = dict(step=0, evaluated=0, log=[], classes=data.classes, arguments=new)
     if not gather(path.exists())[0]:
         if (out / "log.jsonl").exists():
             raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
-        if init and RANK == 0:
-            load_start(model, init, facts["classes"])
-        save(out, model, parts, step=0, evaluated=0, log=[], **facts)
-    last, new = read_weights(path), facts["arguments"]
+        if args.init and RANK == 0:
+            load_start(model, args.init, data.classes)
+        save(out, model, parts, state)
+    last = read_weights(path)
     old = dict(epochs=0) | last.get("arguments", {})
-    old["epochs"] = max(old["epochs"], new["epochs"])
-    odd = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    old["epochs"] = max(old["epochs"], args.epochs)
+    odd = [f"{name} {old.get(name)} -> {x}" for name, x in new.items() if old.get(name) != x]
     if odd:
         raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
                          f"them, or start anew from its encoder: --init {path}, another --out")
     for name, part in parts.items():
         part.load_state_dict(last[name])
     stop.saved = f"{path} is of step {last['step']}"
-    return {name: last[name] for name in ("step", "evaluated", "log")}
+    return state | {name: last[name] for name in ("step", "evaluated", "log")}
 
 
 # --- The loop -----------------------------------------------------------------------------------
@@ -818,37 +777,30 @@ class Meter:
         overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
         seconds = time.perf_counter() - self.since
-        table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
+        table = torch.tensor(gather(steps)).transpose(0, 1)  # of steps, ranks, loss and norm
         finite = table.isfinite()
-        finite[:, 1] |= scaler.get_scale() >= 1
+        finite[..., 1] |= scaler.get_scale() >= 1
         if not finite.all():
-            step, _, rank = (~finite).nonzero()[0].tolist()
+            step, rank, _ = (~finite).nonzero()[0].tolist()
             step += done - len(table)
             names = [data.name(index) for _, index in schedule.keys(step, rank)]
             raise UsageError(f"non-finite loss or gradient in step {step + 1}, rank {rank}, lr "
                              f"{schedule.rate(step):.3g}; {stop.saved}; {names}")
-        batch, norms = schedule.args.batch_size, table[:, 1, 0]
+        images, norms = len(table) * schedule.batch, table[:, 0, 1]
         norms = norms[norms.isfinite()]
-        return dict(loss=table[:, 0].mean().item(), step=done, epoch=done * batch / len(data),
-                    images_per_s=len(table) * batch / seconds, data_wait=self.waited / seconds,
-                    lr=schedule.rate(done - 1),
+        return dict(loss=table[..., 0].mean().item(), step=done,
+                    epoch=done * schedule.batch / len(data), images_per_s=images / seconds,
+                    data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
                     grad_norm=norms.median().item() if len(norms) else None)
 
 
 def announce(args, schedule, done, sources):
     """One line on what begins."""
     data, _, val = sources
-    print(f"{args.task}: {len(data)} images of {args.data} in {len(data.classes)} classes, "
-          f"{len(val or [])} to evaluate on; {schedule.steps} steps, from {done}, of "
-          f"{args.batch_size} = {WORLD} processes x {schedule.parts} x {schedule.micro}; "
-          f"{args.device} {args.amp}{'; finished' * (done == schedule.steps)}", flush=True)
-
-
-def facts_of(args, data):
-    """What last.pt says of a run beside its state: classes, and the arguments that must stay."""
-    lasting = {name: value for name, value in vars(args).items() if name not in FREE}
-    lasting["teacher_weights"] = os.path.basename(args.teacher_weights)  # a file may be moved
-    return dict(classes=data.classes, arguments=lasting | {"images in --data": len(data)})
+    say(f"{args.task}: {len(data)} images of {args.data} in {len(data.classes)} classes, "
+        f"{len(val or [])} to evaluate on; {schedule.steps} steps, from {done}, of "
+        f"{args.batch_size} = {WORLD} processes x {schedule.parts} x {schedule.micro}; "
+        f"{args.device} {args.amp}{'; finished' * (done == schedule.steps)}")
 
 
 def train(args):
@@ -866,22 +818,20 @@ def run(args, out):
     schedule, mix = Schedule(args, len(data)), mixing(data, args)
     optimiser, scaler = make_optimiser(model, args), make_scaler(args)
     parts = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
-    facts = facts_of(args, data)
-    state = resume(out, model, parts, args.init, facts)
+    state = resume(out, model, parts, args, data)
     first, log = state["step"], state["log"]
 
-    def judge():
-        """Evaluate what was saved: after a signal the resumed run does it."""
-        log[-1] |= evaluate(model, teacher, sources, args)
-        state["evaluated"] = state["step"]
-        save(out, model, parts, **state, **facts)
+    def report():
+        """Log the last record; first evaluate what was saved, if due. A signal in an evaluation
+        ends the process at once: the resumed run evaluates."""
+        if schedule.evaluates(state["evaluated"], state["step"]):
+            log[-1] |= evaluate(model, teacher, sources, args)
+            state["evaluated"] = state["step"]
+            save(out, model, parts, state)
         note(out, log[-1:])
-    if RANK == 0:
-        announce(args, schedule, first, sources)
-    due = schedule.evaluates(state["evaluated"], first)
-    note(out, log[:-1] if due else log, "w")
-    if due:
-        judge()
+    announce(args, schedule, first, sources)
+    note(out, log[:-1], "w")
+    report()
     network, observe = wrap(model, teacher, args)
     width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
     width += math.prod(model.student.grid) if teacher else 0
@@ -896,11 +846,12 @@ def run(args, out):
             if mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
                 images, labels = mix(images / 255, labels)
-            final = WORLD == 1 or part + 1 == schedule.parts  # ranks exchange gradients once
-            with contextlib.nullcontext() if final else network.no_sync():
-                loss = loss_of(network, observe, images, labels, noise, args)
-                loss = loss * (len(images) / schedule.share)  # the last part may be smaller
-                scaler.scale(poisoned(loss)).backward()
+            # DDP's: ranks exchange gradients once
+            network.require_backward_grad_sync = part + 1 == schedule.parts
+            loss = loss_of(network, observe, images, labels, noise, args)
+            loss = loss * (len(images) / schedule.share)  # the last part may be smaller
+            # 0·inf = NaN: no rank takes a step with a loss that is not finite
+            scaler.scale(loss * (1 + 0 * loss.detach())).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimiser)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -908,15 +859,15 @@ def run(args, out):
         scaler.step(optimiser)  # takes none if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        meter.steps.append(torch.stack([torch.stack(losses).sum(), norm]))
+        meter.steps.append(torch.stack([sum(losses), norm]))
         done = state["step"] = step + 1
         saves = done % args.save_every == 0 or done == schedule.steps
         if saves or done % LOG_EVERY == 0 or (stop.signal and WORLD == 1):
             log.append(meter.read(done, schedule, scaler, data))
-            due = schedule.evaluates(state["evaluated"], done)
-            if due or saves or max(gather(stop.signal)):
-                save(out, model, parts, **state, **facts)
-            judge() if due else note(out, log[-1:])
+            saves |= schedule.evaluates(state["evaluated"], done)
+            if saves or max(gather(stop.signal)):
+                save(out, model, parts, state)
+            report()
             bar.set_postfix(log[-1], refresh=False)
             meter = Meter()
     return SimpleNamespace(model=model, teacher=teacher, sources=sources, record=log[-1])
@@ -933,8 +884,7 @@ def score(args, out):
                          "--epochs 0: --data has no val/ with class folders to evaluate on")
     record = dict(step=0, epoch=0.0, init=str(source)) | evaluate(model, None, sources, args)
     note(out, [record])
-    if RANK == 0:
-        print(f"{args.task}: {len(val)} images of {args.data}: {record}")
+    say(f"{args.task}: {len(val)} images of {args.data}: {record}")
 
 
 # --- Entry --------------------------------------------------------------------------------------
@@ -942,26 +892,22 @@ def demo(args):
     """A teacher learns the digits with labels, for 0.45 of --epochs, and a student from it without,
     for 0.6, which takes three minutes on two CPU cores. All are evaluated by k-NN."""
     school, home = f"{args.out}/teacher", f"{args.out}/student"
-
-    def lesson(share, **changes):
-        """One run, for a share of --epochs."""
-        changes["epochs"] = share * args.epochs
-        return train(argparse.Namespace(**vars(args) | changes))
-    lesson(0.45, task="finetune", student=args.teacher, init=None, out=school)
-    run = lesson(0.6, teacher_weights=f"{school}/student.pt", out=home)
+    first = dict(task="finetune", student=args.teacher, init=None, out=school)
+    then = dict(teacher_weights=f"{school}/student.pt", out=home)
+    train(argparse.Namespace(**vars(args) | first | dict(epochs=0.45 * args.epochs)))
+    run = train(argparse.Namespace(**vars(args) | then | dict(epochs=0.6 * args.epochs)))
     torch.manual_seed(args.seed)
     untrained = vit(args.student, image_size=args.image_size).to(args.device).eval()
     _, bank, val = run.sources
     before = knn(untrained, bank, val, args)
     alike = mutual_knn(untrained, run.teacher, bank, args)
     taught = knn(lambda images: run.teacher(images)[0], bank, val, args)
-    if RANK == 0:
-        print(f"{home}/student.pt has seen parts of pictures, and no label; {home}/look.png shows "
-              "them. Next: tutorial.ipynb; --data FOLDER, for pictures of your own; README.md, for "
-              f"ImageNet.\nmutual k-NN with the teacher: untrained student {alike:.1f} %, trained "
-              f"student {run.record['mutual_knn']:.1f} %\nk-NN, k 20, temperature 0.07, mean patch "
-              f"token: untrained student {before:.1f} %, trained student "
-              f"{run.record['knn']:.1f} %, teacher {taught:.1f} %")
+    say(f"{home}/student.pt has seen parts of pictures, and no label; {home}/look.png shows them. "
+        "Next: tutorial.ipynb; --data FOLDER, for pictures of your own; README.md, for ImageNet.\n"
+        f"mutual k-NN with the teacher: untrained student {alike:.1f} %, trained student "
+        f"{run.record['mutual_knn']:.1f} %\nk-NN, k 20, temperature 0.07, mean patch token: "
+        f"untrained student {before:.1f} %, trained student {run.record['knn']:.1f} %, "
+        f"teacher {taught:.1f} %")
 
 
 def join_processes():
@@ -988,7 +934,8 @@ def main(argv=None):
     try:
         args = parse(argv)
         if argv is None:  # a notebook keeps its KeyboardInterrupt
-            listen(args.workers)
+            for number in SIGNALS:
+                signal.signal(number, on_signal)
         join_processes()
         own = (args.teacher, args.teacher_weights) == ("vit_digits_patch4_32", "pretrained")
         is_demo = own and is_digits(args.data) and args.task == "pretrain" and args.epochs
