@@ -2348,7 +2348,7 @@ def test_readme_points_at_what_is_there():
 
 
 def test_commands_of_the_readme_and_of_the_header_are_valid():
-    commands = re.findall(r"^    .*\btrain\.py ?([^#\n]*)", README + train.__doc__, re.M)
+    commands = re.findall(r"^    .*\btrain\.py ?([^#|\n]*)", README + train.__doc__, re.M)
     assert len(commands) >= 12
     for command in commands:
         assert parse(*command.split()).student in ma.VITS
