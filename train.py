@@ -123,8 +123,11 @@ def read_options(argv, column):
         flag, metavar = words.split()
         choices = metavar[1:-1].split(",") if metavar[0] == "{" else None
         default = row[column if len(row) == 4 else min(column, 0)]
-        parser.add_argument(flag, type=TYPES.get(metavar, str), choices=choices,
-                            default=None if default == "-" else default)
+        parser.add_argument(
+            flag,
+            type=TYPES.get(metavar, str),
+            choices=choices,
+            default=None if default == "-" else default)
     return parser.parse_args(argv)
 
 
@@ -150,7 +153,8 @@ def parse(argv):
 def choose_device(args):
     """Set args.device and args.amp. Raises UsageError if there is no such device."""
     try:
-        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = torch.device(args.device or best)
         if args.device.type == "cuda" and WORLD > 1:
             torch.cuda.set_device(LOCAL_RANK)  # before anything opens a context on GPU 0
         torch.empty(0, device=args.device)
@@ -288,8 +292,11 @@ def augmentation(task, size):
     aspect = size[1] / size[0]
     # Deviation: crops are resized, turned and erased as uint8 tensors by torchvision: turned
     # bilinearly, erased with ImageNet's mean colour, where MAE's are bicubic, with noise.
-    crop = v2.RandomResizedCrop(size, (0.2 if task == "pretrain" else 0.08, 1.0),
-                                (3 / 4 * aspect, 4 / 3 * aspect), Image.BICUBIC)
+    crop = v2.RandomResizedCrop(
+        size,
+        scale=(0.2 if task == "pretrain" else 0.08, 1.0),
+        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+        interpolation=Image.BICUBIC)
     steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip()]
     if task == "finetune":
         mean = 124, 116, 104
@@ -354,9 +361,11 @@ def open_data(args, size):
     one to evaluate on, or None. Raises UsageError without images, or if val's classes are not
     train's."""
     if digits := re.fullmatch(r"digits(?::([1-9]\d{0,8}))?", args.data):
-        data = Digits(int(digits[1] or 76800), size, seed_of(args.seed, "train"), bool(digits[1]))
+        count = int(digits[1] or 76800)
+        data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
-        return data, bank, Digits(1000, size, seed_of("val"), fixed=True)
+        val = Digits(1000, size, seed_of("val"), fixed=True)
+        return data, bank, val
     box = [scan(args.data) if RANK == 0 else None]
     if WORLD > 1:  # a network disk may show each rank another folder
         dist.broadcast_object_list(box)
@@ -388,9 +397,14 @@ def loader(source, batches, args):
         tempfile.tempdir = "/tmp"
     # forked workers start at once, share the source, and end with their rank, be it killed
     fork = "fork" if args.workers and sys.platform == "linux" else None
-    yield from DataLoader(source, batch_size=None, sampler=batches, num_workers=args.workers,
-                          pin_memory=args.device.type == "cuda", multiprocessing_context=fork,
-                          worker_init_fn=ignore_signals)
+    yield from DataLoader(
+        source,
+        batch_size=None,
+        sampler=batches,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+        multiprocessing_context=fork,
+        worker_init_fn=ignore_signals)
 
 
 def mixing(data, args):
@@ -515,7 +529,8 @@ def make_optimiser(model, args):
     groups = param_groups_layer_decay(
         model, args.weight_decay, exempt, layer_decay=args.layer_decay)
     if args.task != "probe":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999 if tuned else 0.95), fused=True)
+        betas = (0.9, 0.999 if tuned else 0.95)
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
     # Deviation: not LARS. Not fused, which fails if fp16 skips the first step.
     return torch.optim.SGD(groups, momentum=0.9)
 
@@ -578,7 +593,10 @@ def outputs(function, source, args, most=2 ** 31):
 def feature_of(encoder):
     """An encoder, images -> levels, as a function of images to features [B,C], by which neighbours
     are found: the whitened mean patch token of the last level, of length 1."""
-    return lambda images: F.normalize(whiten(encoder(images)[-1][:, 1:].mean(dim=1)), dim=1)
+    def feature(images):
+        patches = encoder(images)[-1][:, 1:]
+        return F.normalize(whiten(patches.mean(dim=1)), dim=1)
+    return feature
 
 
 def knn(encoder, bank, val, args):
@@ -651,7 +669,8 @@ def evaluate(model, teacher, sources, args):
         result["mutual_knn"] = mutual_knn(model.student, teacher, bank, args)
     if teacher and RANK == 0:
         shown = val or bank
-        images, _ = shown[[(0, i * (len(shown) - 1) // 7) for i in range(8)]]
+        spread = [(0, i * (len(shown) - 1) // 7) for i in range(8)]
+        images, _ = shown[spread]
         with spared(Path(args.out, "look.png")) as path, autocast(args):
             save_image(look(model, teacher, images.to(args.device)), path, nrow=8)
     model.train()
@@ -709,7 +728,8 @@ def save(out, model, parts, state):
         if isinstance(model, Classifier):
             write(out / "classifier.pt", model.timm_state())
             (out / "classes.txt").write_bytes(os.fsencode("\n".join(state["classes"])))
-        write(out / "last.pt", {name: part.state_dict() for name, part in parts.items()} | state)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        write(out / "last.pt", states | state)
     stop.signal = max(gather(stop.signal))  # the other ranks wait for the files
     stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {state['step']}"
     if stop.signal:
@@ -793,10 +813,14 @@ class Meter:
                              f"{schedule.rate(step):.3g}; {stop.saved}; {names}")
         images, norms = len(table) * schedule.batch, table[:, 1, 0]
         norms = norms[norms.isfinite()]
-        return dict(loss=table[:, 0].mean().item(), step=done,
-                    epoch=done * schedule.batch / len(data), images_per_s=images / seconds,
-                    data_wait=self.waited / seconds, lr=schedule.rate(done - 1),
-                    grad_norm=norms.median().item() if len(norms) else None)
+        return dict(
+            loss=table[:, 0].mean().item(),
+            step=done,
+            epoch=done * schedule.batch / len(data),
+            images_per_s=images / seconds,
+            data_wait=self.waited / seconds,
+            lr=schedule.rate(done - 1),
+            grad_norm=norms.median().item() if len(norms) else None)
 
 
 def announce(args, schedule, done, sources):
@@ -884,9 +908,10 @@ def score(args, out):
     data, _, val = sources
     source = args.init or out / "last.pt"
     taken = load_start(model, source, data.classes)
-    if not val or not (taken or args.task == "pretrain"):
-        raise UsageError(f"--epochs 0: {source} has no head for the classes of --data" if val else
-                         "--epochs 0: --data has no val/ with class folders to evaluate on")
+    if not val:
+        raise UsageError("--epochs 0: --data has no val/ with class folders to evaluate on")
+    if not taken and args.task != "pretrain":
+        raise UsageError(f"--epochs 0: {source} has no head for the classes of --data")
     record = dict(step=0, epoch=0.0, init=str(source)) | evaluate(model, None, sources, args)
     note(out, [record])
     say(f"{args.task}: {len(val)} images of {args.data}: {record}")
