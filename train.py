@@ -603,7 +603,7 @@ def mutual_knn(encoder, teacher, source, args):
         x = everyone(outputs(feature_of(network), source, args, most=2000)[0])
         near.append((x @ x.T).fill_diagonal_(-2).topk(min(20, len(x) - 1)).indices)
     mine, theirs = near
-    return 100 * (mine[:, :, None] == theirs[:, None]).any(dim=2).float().mean().item()
+    return 100 * (mine[:, :, None] == theirs[:, None]).any(dim=2).float().mean().nan_to_num().item()
 
 
 def components(tokens, like=None):
@@ -740,8 +740,6 @@ def resume(out, model, parts, args, data):
     new["images in --data"] = len(data)
     state = dict(step=0, evaluated=0, log=[], classes=data.classes, arguments=new)
     if not gather(path.exists())[0]:
-        if (out / "log.jsonl").exists():
-            raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
         if args.init and RANK == 0:
             load_start(model, args.init, data.classes)
         save(out, model, parts, state)
