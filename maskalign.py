@@ -275,7 +275,7 @@ class Teacher(nn.Module):
         [B,1+N,E], and the attention [B,N] of [CLS] to the patches, fp32."""
         images = normalise(images, *self.mean_std)
         if tuple(images.shape[-2:]) != self.image_size:
-            images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
+            images = F.interpolate(images, self.image_size, mode="bicubic")
         self.network(images.to(next(self.network.parameters()).dtype))
         # a = mean_h softmax(q·k/√d): the row of [CLS] for each head, never the N×N map
         q, k = self.q[:, :, 0].float(), self.k.float()
@@ -445,7 +445,7 @@ class Placeholder:
     def __new__(cls, *args, **options):
         return super().__new__(cls)
 
-    __call__ = __setstate__ = __setitem__ = append = extend = add = lambda self, *args: self
+    __call__ = __setstate__ = __setitem__ = append = lambda self, *args: self
 
 
 class Unpickler(pickle.Unpickler):
@@ -493,8 +493,7 @@ def fit_positions(positions, grid):
             own = shape
     if math.prod(own) != count:
         return positions
-    x = rearrange(x, "(r s) d -> 1 d r s", r=own[0])
-    x = F.interpolate(x, grid, mode="bicubic", align_corners=False)
+    x = F.interpolate(rearrange(x, "(r s) d -> 1 d r s", r=own[0]), grid, mode="bicubic")
     return torch.cat([cls, rearrange(x, "1 d r s -> (r s) d")])[None]
 
 
@@ -508,8 +507,7 @@ def load_encoder(network, source):
         aside |= state.keys() - {wrapper}
         state = state[wrapper]
     names = ", ".join(map(str, state))
-    state = {re.sub(SURPLUS, "", str(key)): x
-             for key, x in state.items() if torch.is_tensor(x)}
+    state = {re.sub(SURPLUS, "", str(key)): x for key, x in state.items() if torch.is_tensor(x)}
     own = network.state_dict()
     # levels need no final norm, but SigLIP's pooling query reads its output
     optional = ASIDE if getattr(network, "attn_pool", None) else ASIDE + r"|norm\."
@@ -519,12 +517,10 @@ def load_encoder(network, source):
             open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=network))
             state = {key[7:]: x for key, x in state.items() if key.startswith("visual.")}
         elif not isinstance(network, ViT):  # timm knows the names of its networks elsewhere
-            timms = sys.modules[type(network).__module__]
-            state = timms.checkpoint_filter_fn(state, network)
+            state = sys.modules[type(network).__module__].checkpoint_filter_fn(state, network)
         elif "pos_embed" in state:
             state["pos_embed"] = fit_positions(state["pos_embed"], network.grid)
-        used = {key: x for key, x in state.items()
-                if key in own or not re.match(optional, key)}
+        used = {key: x for key, x in state.items() if key in own or not re.match(optional, key)}
         spare = {key: x for key, x in own.items() if re.match(optional, key)}
         network.load_state_dict(spare | used)
     except (RuntimeError, LookupError, ValueError) as error:  # torch's and timm's
