@@ -568,7 +568,7 @@ def without(prefix, state):
 
 FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "ours": (lambda s: dict(student=s, align=dict(matrix=X), step=3), "align step"),
-    "timm": (lambda s: s | {"head.weight": X}, "head.weight"),
+    "timm": (lambda s: s | {"head.weight": X, "epoch": 3}, "head.weight"),
     "timm's training": (lambda s: dict(BESIDE, arch="x", state_dict=s), "arch args rest"),
     "MAE": (lambda s: dict(BESIDE, model=s | dict(mask_token=X) | {"decoder_embed.weight": X}),
             "args decoder_embed.weight mask_token rest"),
@@ -586,7 +586,7 @@ FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
         "head.0.bias momentum_encoder.norm.bias predictor.0.bias"),
     "wrapped": (lambda s: dict(state_dict=dict(module=named("_orig_mod.student.encoder.", s))), ""),
     "before 2020": (lambda s: dict(BESIDE, model=s), "args rest"),
-    "numbers": (lambda s: {"model": s | {"epoch": 3}, 0: 1}, "0"),
+    "trainable": (lambda s: {0: 1, "model": {k: torch.nn.Parameter(x) for k, x in s.items()}}, "0"),
     "safetensors": (lambda s: s, ""),
 }
 
@@ -615,12 +615,12 @@ def test_every_format_of_an_encoder_loads(tmp_path, monkeypatch, kind):
 def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
     source, target = [small_vit(image_size=[4 * n for n in grid], dim=32) for grid in (old, new)]
     source.pos_embed.data += noise * torch.rand_like(source.pos_embed)
-    torch.save(source.state_dict(), tmp_path / "file.pt")
+    torch.save(source.half().state_dict(), tmp_path / "file.pt")
     ma.load_encoder(target, tmp_path / "file.pt")
-    x = source.pos_embed[:, 1:].mT.view(1, 32, *old)
+    x = source.pos_embed[:, 1:].float().mT.view(1, 32, *old)
     x = torch.nn.functional.interpolate(x, new, mode="bicubic", align_corners=False)
     same(target.pos_embed[:, 1:], x.flatten(2).mT, atol=1e-6)
-    same(target.pos_embed[:, 0], source.pos_embed[:, 0])
+    same(target.pos_embed[:, 0], source.pos_embed[:, 0].float())
 
 
 @pytest.mark.parametrize("change, says", [
@@ -637,10 +637,9 @@ def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
 ])
 def test_differences_to_another_architecture_are_named(tmp_path, change, says):
     torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
-    with pytest.raises(ma.UsageError, match=says) as error:
+    with pytest.raises(ma.UsageError, match=f"file.pt does not fit the encoder: .*{says}") as error:
         ma.load_encoder(small_vit(), tmp_path / "file.pt")
-    text = str(error.value)
-    assert "file.pt does not fit the encoder" in text and "\n" not in text and len(text) < 2000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
 def damaged(file):
@@ -663,8 +662,7 @@ def test_a_file_without_weights_is_one_line(tmp_path, monkeypatch, name, write, 
     write(name)
     with pytest.raises(ma.UsageError, match=f"^{name} was not read: .*({says})") as error:
         ma.read_weights(name)
-    text = str(error.value)
-    assert "\x1b" not in text and "\n" not in text and error.value.__cause__ is not None
+    assert not {"\x1b", "\n"} & {*str(error.value)} and error.value.__cause__ is not None
 
 
 # --- Teachers by name ---------------------------------------------------------------------------
@@ -676,7 +674,7 @@ def asked(monkeypatch):
 
     def small_timm(name, pretrained=False, **options):
         names.append((name, pretrained))
-        return shaken(timms(name, depth=2, embed_dim=24, num_heads=2, **options))
+        return shaken(timms(name.removeprefix("hf-hub:"), depth=2, embed_dim=24, **options))
 
     def small_clip(name, pretrained=None, **options):
         names.append((name, pretrained))
@@ -715,7 +713,7 @@ def test_a_teacher_from_a_file_at_any_grid(tmp_path, asked, library, name, patch
 @pytest.mark.parametrize("name, weights", [
     ("vit_tiny_patch16_224", True),  # timm's, although VITS has the name too
     ("vit_base_patch16_clip_224.laion2b", True), ("ViT-B-16-quickgelu", "openai"),
-    ("vit_base_patch16_clip_quickgelu_224.openai", True)])
+    ("vit_base_patch16_clip_quickgelu_224.openai", True), ("hf-hub:vit_tiny_patch16_224", True)])
 def test_published_weights_are_asked_for_by_name(asked, name, weights):
     teacher = ma.load_teacher(name, "pretrained", 1, (2, 3))
     assert asked == [(name, weights)] and teacher.grid == (2, 3) and teacher.levels == 1
@@ -724,6 +722,8 @@ def test_published_weights_are_asked_for_by_name(asked, name, weights):
 def test_timms_openai_clip_is_refused_without_quickgelu(asked):
     with pytest.raises(ma.UsageError, match="QuickGELU.*clip_quickgelu"):
         ma.load_teacher("vit_base_patch16_clip_224.openai", "pretrained", 1)
+    with pytest.warns(UserWarning, match="random weights"):
+        ma.load_teacher("vit_base_patch16_clip_224.openai", levels=1)
 
 
 @pytest.mark.parametrize("name, weights, says", [
