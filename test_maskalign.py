@@ -125,9 +125,9 @@ def test_every_level_equals_timms(size, depth):
     theirs.load_state_dict(ours.state_dict(), assign=True)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
+        x = v2.functional.normalize(images / 255, *IMAGENET)
         outputs = theirs.forward_intermediates(
-            v2.functional.normalize(images / 255, *IMAGENET), return_prefix_tokens=True,
-            output_fmt="NLC", intermediates_only=True)
+            x, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
         expected = [torch.cat([cls, patches], dim=1) for patches, cls in outputs]
         same(ours(images), expected, atol=1e-5)
         same(ours(images / 255), expected, atol=1e-5)
@@ -366,7 +366,6 @@ def test_each_network_is_one_graph_compiled_once(kind):
     ("vit_small_r26_s32_224", "no plain ViT"), ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
     ("vit_base_patch16_xp_224", "no plain softmax"),
     ("vit_small_patch16_dinov3 num_kv_groups", "no plain softmax"),  # heads that share keys
-    ("vit_base_patch16_siglip_gap_224", "no .CLS. and no pooling query"),
     ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
 ])
 def test_a_network_that_cannot_teach_is_refused(name, says):
@@ -409,9 +408,11 @@ def test_keep_frequency_is_that_of_sampling_without_replacement():
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     exact = torch.tensor([sum(p[i] * p[j] / (1 - p[i]) for i in range(4) for j in range(4)
                               if i != j and n in (i, j)) for n in range(4)])
-    rest = torch.tensor([0, 1e-45, 0, 0]), torch.tensor([1 / 3, 1, 1 / 3, 1 / 3])
-    for attention, expected in ((p, exact), rest):
-        keep = ma.attentive_keep(attention.expand(40000, 4), 0.5)
+    one = torch.tensor([[0, 1e-45, 0, 0]])  # and then the rest
+    for keep, expected in (
+            (ma.attentive_keep(p.expand(40000, 4), 0.5), exact),
+            (ma.attentive_keep(one.expand(40000, 4), 0.5), torch.tensor([1 / 3, 1, 1 / 3, 1 / 3])),
+            (ma.random_keep(40000, 4, 0.5), torch.tensor([0.5, 0.5, 0.5, 0.5]))):
         same(torch.nn.functional.one_hot(keep, 4).sum(1).float().mean(0), expected, atol=0.01)
 
 
@@ -505,7 +506,6 @@ def test_the_mask_is_attentive_or_random_as_asked(mask):
 
 
 def test_bf16_has_the_loss_and_gradients_of_fp32(teacher):
-    """Of a student under autocast, and of a teacher with bf16 weights."""
     model, images = student_of(teacher, drop_path=0.1)
     images, noise = torch.rand(64, 3, *images.shape[2:]), torch.rand(64, 6)
     seen, results = teacher(images), []
@@ -570,7 +570,7 @@ def without(prefix, state):
 
 FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "ours": (lambda s: dict(student=s, align=dict(matrix=X), step=3), "align step"),
-    "timm": (lambda s: s | {"head.weight": X}, "head.weight"),
+    "timm": (lambda s: s | {"head.weight": X, "epoch": 3}, "head.weight"),
     "timm's training": (lambda s: dict(BESIDE, arch="x", state_dict=s), "arch args rest"),
     "MAE": (lambda s: dict(BESIDE, model=s | dict(mask_token=X) | {"decoder_embed.weight": X}),
             "args decoder_embed.weight mask_token rest"),
@@ -588,7 +588,7 @@ FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
         "head.0.bias momentum_encoder.norm.bias predictor.0.bias"),
     "wrapped": (lambda s: dict(state_dict=dict(module=named("_orig_mod.student.encoder.", s))), ""),
     "before 2020": (lambda s: dict(BESIDE, model=s), "args rest"),
-    "numbers": (lambda s: {"model": s | {"epoch": 3}, 0: 1}, "0"),
+    "trainable": (lambda s: {0: 1, "model": {k: torch.nn.Parameter(x) for k, x in s.items()}}, "0"),
     "safetensors": (lambda s: s, ""),
 }
 
@@ -617,16 +617,15 @@ def test_every_format_of_an_encoder_loads(tmp_path, monkeypatch, kind):
 def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
     source, target = [small_vit(image_size=[4 * n for n in grid], dim=32) for grid in (old, new)]
     source.pos_embed.data += noise * torch.rand_like(source.pos_embed)
-    torch.save(source.state_dict(), tmp_path / "file.pt")
+    torch.save(source.half().state_dict(), tmp_path / "file.pt")
     ma.load_encoder(target, tmp_path / "file.pt")
-    x = source.pos_embed[:, 1:].mT.view(1, 32, *old)
+    x = source.pos_embed[:, 1:].float().mT.view(1, 32, *old)
     x = torch.nn.functional.interpolate(x, new, mode="bicubic", align_corners=False)
     same(target.pos_embed[:, 1:], x.flatten(2).mT, atol=1e-6)
-    same(target.pos_embed[:, 0], source.pos_embed[:, 0])
+    same(target.pos_embed[:, 0], source.pos_embed[:, 0].float())
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda s: small_vit(depth=2).state_dict(), 'Missing key.*"blocks.2.norm1.weight"'),
     (lambda s: small_vit(depth=4).state_dict(), 'Unexpected key.*"blocks.3.norm1.weight"'),
     (lambda s: small_vit(dim=12).state_dict(), r"mismatch for cls_token.*\[1, 1, 12\].*\[1, 1, 8"),
     (lambda s: without("pos_embed", s), 'Missing key.*"pos_embed"'),
@@ -639,10 +638,9 @@ def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
 ])
 def test_differences_to_another_architecture_are_named(tmp_path, change, says):
     torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
-    with pytest.raises(ma.UsageError, match=says) as error:
+    with pytest.raises(ma.UsageError, match=f"file.pt does not fit the encoder: .*{says}") as error:
         ma.load_encoder(small_vit(), tmp_path / "file.pt")
-    text = str(error.value)
-    assert "file.pt does not fit the encoder" in text and "\n" not in text and len(text) < 2000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
 def damaged(file):
@@ -653,9 +651,8 @@ def damaged(file):
 
 @pytest.mark.parametrize("name, write, says", [
     ("script.pt", lambda f: torch.jit.script(torch.nn.Identity()).save(f), "TorchScript"),
-    ("flipped.pt", damaged, "damaged in flipped/data/0"),
+    ("bit.pt", damaged, "in bit/data/0"), ("list.pt", lambda f: torch.save([X], f), "no dict"),
     ("text.pt", lambda f: Path(f).write_text("no weights"), "."),
-    ("list.pt", lambda f: torch.save([torch.zeros(3)], f), "no dict"),
     ("text.safetensors", lambda f: Path(f).write_text("no weights"), "."),
     ("empty.pt", lambda f: Path(f).touch(), "."), ("missing.pt", lambda f: None, "No such file"),
     ("missing.safetensors", lambda f: None, "No such file"),
@@ -666,8 +663,7 @@ def test_a_file_without_weights_is_one_line(tmp_path, monkeypatch, name, write, 
     write(name)
     with pytest.raises(ma.UsageError, match=f"^{name} was not read: .*({says})") as error:
         ma.read_weights(name)
-    text = str(error.value)
-    assert "\x1b" not in text and "\n" not in text and error.value.__cause__ is not None
+    assert not {"\x1b", "\n"} & {*str(error.value)} and error.value.__cause__ is not None
 
 
 # --- Teachers by name ---------------------------------------------------------------------------
@@ -679,7 +675,7 @@ def asked(monkeypatch):
 
     def small_timm(name, pretrained=False, **options):
         names.append((name, pretrained))
-        return shaken(timms(name, depth=2, embed_dim=24, num_heads=2, **options))
+        return shaken(timms(name.removeprefix("hf-hub:"), depth=2, embed_dim=24, **options))
 
     def small_clip(name, pretrained=None, **options):
         names.append((name, pretrained))
@@ -718,7 +714,7 @@ def test_a_teacher_from_a_file_at_any_grid(tmp_path, asked, library, name, patch
 @pytest.mark.parametrize("name, weights", [
     ("vit_tiny_patch16_224", True),  # timm's, although VITS has the name too
     ("vit_base_patch16_clip_224.laion2b", True), ("ViT-B-16-quickgelu", "openai"),
-    ("vit_base_patch16_clip_quickgelu_224.openai", True)])
+    ("vit_base_patch16_clip_quickgelu_224.openai", True), ("hf-hub:vit_tiny_patch16_224", True)])
 def test_published_weights_are_asked_for_by_name(asked, name, weights):
     teacher = ma.load_teacher(name, "pretrained", 1, (2, 3))
     assert asked == [(name, weights)] and teacher.grid == (2, 3) and teacher.levels == 1
@@ -727,6 +723,8 @@ def test_published_weights_are_asked_for_by_name(asked, name, weights):
 def test_timms_openai_clip_is_refused_without_quickgelu(asked):
     with pytest.raises(ma.UsageError, match="QuickGELU.*clip_quickgelu"):
         ma.load_teacher("vit_base_patch16_clip_224.openai", "pretrained", 1)
+    with pytest.warns(UserWarning, match="random weights"):
+        ma.load_teacher("vit_base_patch16_clip_224.openai", levels=1)
 
 
 @pytest.mark.parametrize("name, weights, says", [
@@ -757,7 +755,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(ma.ViT, "load_state_dict", lambda *args: int(None))
     torch.save(small_vit().state_dict(), tmp_path / "file.pt")
     with pytest.raises(TypeError):
-        ma.load_encoder(small_vit(), tmp_path / "file.pt")
+        ma.load_teacher("vit_digits_patch4_32", tmp_path / "file.pt")
     monkeypatch.setattr(ma.Teacher, "__init__", lambda *args: {}["bug"])
     with pytest.raises(KeyError):
         ma.load_teacher("vit_tiny_patch16_224", "pretrained")
