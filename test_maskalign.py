@@ -1871,7 +1871,7 @@ def test_a_killed_run_leaves_no_process_and_no_shared_memory(tmp_path, folder):
         print(*children(os.getpid()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)"""))
     done = child.wait(-9, reap=False)
-    left, until = done.out.split("\n")[-2].split(), time.monotonic() + 10
+    left, until = done.out.splitlines()[-1].split(), time.monotonic() + 10
     assert len(left) >= 2
     while left and time.monotonic() < until:
         time.sleep(0.1)
@@ -1971,8 +1971,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, finished, capsy
     assert logged(tmp_path / "out", "lr")[-1] == pytest.approx(1e-5)
 
 
-def test_a_teacher_file_may_have_moved(tmp_path, painted, capsys, monkeypatch):
-    """By its name; --init is not asked for again."""
+def test_a_teacher_file_may_have_moved_and_init_be_gone(tmp_path, painted, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = on_folder(painted, tmp_path / "out", epochs=1)
     main(*argv, *flags(teacher_weights=encoder_file(tmp_path), init=tmp_path / "init.pt"))
@@ -2360,8 +2359,7 @@ def test_teachers_of_the_readme_exist():
     assert names <= {*timm.list_models(), *timm.list_pretrained(), *open_clip.list_models()}
 
 
-def test_readme_snippets_run(tmp_path, monkeypatch):
-    """On a smaller encoder; both ways to features give the same ones."""
+def test_readme_snippets_run_and_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     classifier = train.Classifier(ma.vit("vit_tiny_patch16_224"), 3, probe=False).eval()
     for path, content in (("pre/student.pt", classifier.student.state_dict()),
