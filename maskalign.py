@@ -10,7 +10,7 @@ Images    RGB [B,3,height,width], uint8 or float in [0,1]; each network normalis
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
 Levels    of a teacher are a list of K tensors; `levels` as a setting is K itself.
 Masks     are indices `keep` [B,V] of the VISIBLE patches.
-Noise     is uniform in [0,1). Masks and a ViT in training mode draw what they are not given.
+Noise     is uniform in [0,1). Without it, masks draw their own, and a ViT in training mode too.
 `Deviation:` marks departures from the paper and its official code. User errors raise UsageError.
 """
 import functools
@@ -81,7 +81,7 @@ def sincos_2d(dim, grid):
 def pick(rows, keep):
     """Rows [B,N,...], or [1,N,...] for all, keep [B,V] -> [B,V,...]."""
     images = torch.arange(rows.shape[0], device=rows.device)
-    return rows[images[:, None], keep]  # take_along_dim is compiled anew for each batch size
+    return rows[images[:, None], keep]  # take_along_dim would recompile for each batch size
 
 
 def take(tokens, keep):
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        heads = "b n (qkv h d) -> qkv b h n d"
+        heads = "b n (qkv h d) -> qkv b h n d"  # packed as in timm's files
         q, k, v = rearrange(self.qkv(x), heads, qkv=3, h=self.num_heads)
         # softmax(q·kᵀ/√d)·v
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
@@ -120,7 +120,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; noise [B] of a branch is for drop path."""
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; each branch's noise [B] drives drop path."""
 
     def __init__(self, dim, heads, drop_rate):
         super().__init__()
@@ -155,7 +155,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], False)
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in self.drop_rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # for timm, never called
+        self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # unused: timm's keys
         self.apply(initialise)
 
     def forward(self, images, keep=None, path_noise=None):
@@ -257,7 +257,7 @@ class Teacher(nn.Module):
         if not 1 <= levels <= self.depth:
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         self.has_cls = attn is not getattr(network, "attn_pool", None)
-        # filled by hooks: bound methods, which deepcopy rebinds
+        # filled by hooks, bound methods: deepcopy rebinds them, so a copy fills itself
         self.outputs, self.q, self.k = [], None, None
         for block in blocks[-levels:]:
             block.register_forward_hook(self.see_level)
@@ -322,7 +322,7 @@ class Teacher(nn.Module):
 def visible_count(patches, ratio):
     """N, r -> V = ⌊N(1−r)⌋. Deviation: in exact arithmetic (N 20, r 0.8: 4; official code: 3).
     Raises UsageError unless 0 <= r < 1 and V >= 1."""
-    share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)  # of 0.7, not the float beside it
+    share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)  # decimal 0.7, not its nearest float
     count = patches * share.numerator // share.denominator
     if count < 1:
         raise UsageError(f"mask ratio {ratio} leaves no visible patch of {patches}")
@@ -331,7 +331,7 @@ def visible_count(patches, ratio):
 
 def attentive_keep(attention, ratio, noise=None):
     """Attention [B,N], optional noise [B,N] -> keep [B,V], sampled without replacement, in
-    proportion to attention (3.2); patches without attention come last, uniformly. Raises UsageError
+    proportion to attention (3.2); patches of zero attention come last, uniformly. Raises UsageError
     as visible_count does, or, on a CPU, if attention is negative or NaN."""
     if can_check(attention) and not (attention >= 0).all():
         raise UsageError("attention is negative or NaN")
@@ -359,7 +359,7 @@ def whiten(y):
 
 def align_loss(pred, target):
     """Prediction and whitened target, both [...,E] -> scalar of target's dtype (3.3). Deviation: as
-    in the paper; the official code doubles it, which Adam's step does not see."""
+    in the paper; the official code doubles it, which does not change Adam's steps."""
     # L(ŷ,ȳ) = ½(ŷ−ȳ)² if |ŷ−ȳ| <= 1 else |ŷ−ȳ|−½, mean over tokens and channels
     return F.smooth_l1_loss(pred.to(target.dtype), target)
 
@@ -388,9 +388,9 @@ class DynamicAlignment(nn.Module):
 
 class MaskAlign(nn.Module):
     """All that is trained: a student ViT and its alignment to a teacher. mask: "attentive" or
-    "random". teacher: a Teacher, or one of your own: its `grid` (rows, columns), `depth`, `dim` E
-    and `levels` K are read here; `levels, attention = teacher(images)`, called by the caller, are
-    forward's. Raises UsageError for another mask, if grids differ, or if no patch stays visible."""
+    "random". teacher: a Teacher, or your own with a `grid` (rows, columns), `depth`, `dim` E and
+    `levels` K; calling it on images, which is the caller's part, gives forward's levels and
+    attention. Raises UsageError for another mask, if grids differ, or if no patch stays visible."""
 
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
@@ -424,7 +424,7 @@ WRAPPERS = ("teacher", "student", "model", "state_dict", "module", "encoder", "b
 # of names: wrappers, and DINOv2's chunks of blocks, blocks.CHUNK.BLOCK
 SURPLUS = (r"^((module|_orig_mod|model|base_encoder|encoder|backbone|student)\.)+"
            r"|(?<=\bblocks\.)\d+\.(?=\d)")
-# how names beside an encoder's begin
+# prefixes of names outside the encoder
 ASIDE = r"\w*(head|fc_norm|decoder|predictor|mask_token|momentum_|distill_|clip_model|dino_model)"
 REBUILD = {"OrderedDict": OrderedDict, "_rebuild_parameter": lambda tensor, *others: tensor,
            "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2}
@@ -482,9 +482,9 @@ def read_weights(source):
 
 
 def fit_positions(positions, grid):
-    """A file's positions [1,1+N,D], grid (rows, columns) -> positions of that grid. A file does not
-    tell its own, but sin-cos positions do; others are taken for the same grid's, or else a
-    square's, and stay as they are if N is neither's."""
+    """A file's positions [1,1+N,D], grid (rows, columns) -> positions of that grid. The file's own
+    grid is told by sin-cos positions; for others it is the same if N is the same, or else a square;
+    if neither, they are returned as they are."""
     cls, x = positions[0].float().tensor_split([1])
     count, side = len(x), math.isqrt(len(x))
     own = grid if count == math.prod(grid) else (side, side)
@@ -567,13 +567,13 @@ def timm_network(name, weights, grid):
 
 def load_teacher(name, weights=None, levels=5, grid=None):
     """A name in VITS, timm's or open_clip's -> Teacher of the last K `levels`. weights: a tag of
-    open_clip; "pretrained", as published (timm's own; "openai" for an open_clip name); a file; or
+    open_clip; "pretrained", the published weights ("openai" for open_clip's names); a file; or
     None for random values. grid: the (rows, columns) of patches in which the image is to be seen,
     the student's; None: the network's own. Raises UsageError with a suggestion."""
     if weights is None:
         warnings.warn(f"teacher {name} has random weights: fit for tests and timing only")
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # what the libraries log, their exceptions say
+    logging.disable(logging.ERROR)  # the libraries' exceptions repeat what they log
     try:
         of_timm = ":" in name or name in timm.list_models() + timm.list_pretrained()
         if name in VITS and weights != "pretrained":

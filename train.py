@@ -33,7 +33,8 @@ optimisation:           pretrain  finetune  probe  digits
   --eval-every X        20        1         1      1      epochs; 0: only at the end
 
 run:                    default
-  --out DIR             out        last.pt, student.pt, log.jsonl; the same command resumes it
+  --out DIR             out        last.pt, student.pt, log.jsonl, look.png, and classifier.pt; the
+                                   same command resumes it
   --micro-batch N       256        most images in a forward pass; gradients are accumulated
   --save-every N        1000       optimiser steps
   --seed INT            0          of weights, data and masks
@@ -45,6 +46,7 @@ Below: command line, ranks and signals, data, schedule, model and optimiser, eva
 checkpoints, the loop, entry. A rank is a process, as in torch; the ranks share a step's images.
 """
 import argparse
+import atexit
 import json
 import os
 import re
@@ -72,7 +74,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from timm.optim import param_groups_layer_decay
 from timm.utils import accuracy
-from torch import distributed as dist, nn
+from torch import distributed as dist, multiprocessing, nn
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -166,6 +168,7 @@ def choose_device(args):
 
 # --- Ranks and signals --------------------------------------------------------------------------
 SIGNALS = {number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+# unsaved: a step was taken that is not in last.pt
 stop = SimpleNamespace(signal=0, unsaved=False, saved="nothing was trained yet")
 
 
@@ -186,9 +189,19 @@ def leave():
 
 
 def ignore_signals(worker):
-    """In a loader's worker: SLURM and terminals signal all processes, but ranks answer."""
+    """In a loader's worker: SLURM and terminals signal workers too; only ranks respond."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Those of a run that failed: multiprocessing would wait for them, for they ignore SIGTERM."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def gather(mine):
@@ -219,12 +232,12 @@ def say(text):
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-# Pillow's 1 MB bounds the text and colour profiles of a PNG; its bound of the pixels stays
+# Pillow limits a PNG's text and colour profile to 1 MB: raised; its limit of the pixels stays
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
 
 def seed_of(*key):
-    """Any key -> a 63-bit seed, the same on every machine."""
+    """Any key -> a 60-bit seed, the same on every machine."""
     return int(sha256(repr(key).encode()).hexdigest()[:15], 16)
 
 
@@ -273,10 +286,10 @@ class Digits(Source):
 
 def as_seen(image):
     """A Pillow image -> RGB as a viewer shows it: upright, on white, deep grey in its range."""
-    with suppress(Exception):  # turns the picture, and may fail at an odd tag after that
+    with suppress(Exception):  # it may fail on a malformed tag, but only after rotating
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 bits, or floats, whose white is the brightest
-        white = image.getextrema()[1] or 1 if image.mode == "F" else 65535
+        white = (image.getextrema()[1] or 1) if image.mode == "F" else 65535
         image = image.convert("F").point(lambda x: x * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -322,7 +335,7 @@ class Folder(Source):
 
     def read(self, epoch, index):
         """An image uint8 [3,H,W] and its label; the next readable one's if it cannot be read, which
-        is said once. Raises UsageError if more than ten and more than 1 % of all cannot."""
+        is reported once. Raises UsageError if more than ten and more than 1 % of all cannot."""
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         while True:
             name = self.name(index)
@@ -536,8 +549,8 @@ def make_optimiser(model, args):
 
 
 def make_scaler(args):
-    """fp16's gradient scaler. Else the scale is 1, below it after a gradient that is not finite,
-    and all that it does is to take no step with one, without asking the device."""
+    """fp16's gradient scaler. Otherwise it only skips steps whose gradient is not finite, without a
+    wait for the device: its scale is 1, and less after a skip."""
     options = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
     return torch.amp.GradScaler(args.device.type, **options)
 
@@ -592,7 +605,7 @@ def outputs(function, source, args, most=2 ** 31):
 
 def feature_of(encoder):
     """An encoder, images -> levels, as a function of images to features [B,C], by which neighbours
-    are found: the whitened mean patch token of the last level, of length 1."""
+    are found: the whitened mean patch token of the last level, L2-normalised."""
     def feature(images):
         patches = encoder(images)[-1][:, 1:]
         return F.normalize(whiten(patches.mean(dim=1)), dim=1)
@@ -601,7 +614,7 @@ def feature_of(encoder):
 
 def knn(encoder, bank, val, args):
     """k-NN accuracy on val in percent, k 20, by cosine, temperature 0.07. Each rank keeps its share
-    of the bank, and only the nearest k of it travel."""
+    of the bank, and only its nearest k are exchanged."""
     keys, classes = outputs(feature_of(encoder), bank, args)
     queries, labels = map(everyone, outputs(feature_of(encoder), val, args))
     near = [(query @ keys.T).topk(min(20, len(keys)))
@@ -693,7 +706,7 @@ def write(path, content):
 
 @contextmanager
 def spared(path):
-    """Around the writing of a file that is not worth an end of the run: an error is said once."""
+    """Around the writing of a file not worth stopping the run for: an error is reported once."""
     try:
         yield path
     except OSError as error:
@@ -782,7 +795,7 @@ def resume(out, model, parts, args, data):
 
 # --- The loop -----------------------------------------------------------------------------------
 class Meter:
-    """What the steps since the last record left: losses and gradient norms, still on the device,
+    """Losses and gradient norms of the steps since the last record, still on the device,
     and the seconds that it waited for images."""
     def __init__(self):
         self.steps, self.waited, self.since = [], 0.0, perf_counter()
@@ -804,8 +817,9 @@ class Meter:
         seconds = perf_counter() - self.since
         table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
         finite = table.isfinite()
+        # below 1 after bf16's first bad gradient, but only after many of fp16's
         finite[:, 1] |= scaler.get_scale() >= 1
-        if not finite.all():  # the loss comes first, for all ranks have the same norm
+        if not finite.all():  # the loss first: its rank is at fault, norms are equal on all ranks
             step, _, rank = (~finite).nonzero()[0].tolist()
             step += done - len(table)
             names = [data.name(index) for _, index in schedule.keys(step, rank)]
@@ -841,7 +855,7 @@ def train(args):
 
 
 def run(args, out):
-    """train(), in a folder `out` that is ours."""
+    """train(), in a folder `out` on which we hold the lock."""
     model, teacher, sources = build(args)
     data = sources[0]
     schedule, mix = Schedule(args, len(data)), mixing(data, args)
@@ -919,8 +933,8 @@ def score(args, out):
 
 # --- Entry --------------------------------------------------------------------------------------
 def demo(args):
-    """A teacher learns the digits with labels, for 0.45 of --epochs, and a student from it without,
-    for 0.6, which takes three minutes on two CPU cores. All are evaluated by k-NN."""
+    """A teacher is trained on digits with labels, for 0.45 of --epochs; then a student without, for
+    0.6. Three minutes on two CPU cores. All are evaluated by k-NN."""
     school, home = f"{args.out}/teacher", f"{args.out}/student"
     first = dict(task="finetune", student=args.teacher, init=None, out=school)
     then = dict(teacher_weights=f"{school}/student.pt", out=home)
@@ -941,7 +955,7 @@ def demo(args):
 
 
 def join_processes():
-    """Meet the other ranks, if there are. Raises UsageError if a variable of torchrun's is not
+    """Meet the other ranks, if there are any. Raises UsageError if a variable of torchrun's is not
     set."""
     if WORLD == 1 and RANK == 0:
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
@@ -952,7 +966,7 @@ def join_processes():
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         except ValueError as error:
             raise UsageError(f"{error}: start with torchrun, or unset RANK, WORLD_SIZE") from error
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts with the old keys
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its restarts keep the old keys
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit)
 
