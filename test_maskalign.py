@@ -353,10 +353,11 @@ def test_each_network_is_one_graph_compiled_once(kind):
         seen = network(*inputs)
         network, images = student_of(network, drop_path=0.5)
         inputs = [images, *seen, None, torch.rand(2, 15), torch.rand(2, 6)]  # mask's, drop path's
+    expected = network(*inputs)  # einops caches a type of tensors at first use
     torch._dynamo.reset()
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     for _ in range(3):
-        same(compiled(*inputs), network(*inputs), atol=1e-4)
+        same(compiled(*inputs), expected, atol=1e-4)
     assert counter.frame_count == 1
 
 
@@ -805,7 +806,7 @@ class Child:
         with self.lock:
             self.process.start()
 
-    def wait(self, code=0, seconds=120, reap=True):
+    def wait(self, code=0, seconds=240, reap=True):
         """What it wrote, once it has ended with this exit status."""
         ended, until = None, time.monotonic() + seconds
         while ended is None and time.monotonic() < until:
@@ -2126,8 +2127,8 @@ torch.nn.modules.module.register_module_forward_hook(spoil)
     (1, "output.register_hook(lambda grad: grad * float('nan'))"),  # though the loss is
     (2, "return output + float('inf')")])
 def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, how):
-    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3)
-    for done in run(*argv, ranks=ranks, code=2, first=spoilt(how, ranks - 1)):
+    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3, workers=2 - ranks)
+    for done in run(*argv, ranks=ranks, code=2, first=spoilt(how, ranks - 1)):  # ends its workers
         error = one_line(done.err)
         assert "step 3" in error and f"rank {ranks - 1}" in error
         assert float(re.search(r"lr (\S+?)[,;: ]", error)[1]) == pytest.approx(
