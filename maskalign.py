@@ -10,7 +10,7 @@ Images    RGB [B,3,height,width], uint8 or float in [0,1]; each network normalis
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
 Levels    of a teacher are a list of K tensors; `levels` as a setting is K itself.
 Masks     are indices `keep` [B,V] of the VISIBLE patches.
-Noise     is uniform in [0,1). Without it, masks draw their own, and a ViT in training mode too.
+Noise     is uniform in [0,1). If it is not given, masking draws it, and so does a ViT in training.
 `Deviation:` marks departures from the paper and its official code. User errors raise UsageError.
 """
 import functools
@@ -52,7 +52,7 @@ def to_float(images):
     """Images -> float in [0,1]. Raises UsageError, on a CPU, if floats are in another range."""
     if images.dtype == torch.uint8:
         return images / 255
-    # bicubic resampling of [0,1] stays above -0.45, a normalised image seldom does
+    # bicubic resampling of [0,1] stays within; normalised images go below, floats to 255 above
     if can_check(images) and ((images < -0.5) | (images > 10)).any():
         raise UsageError("images must be uint8, or float in [0, 1] and not normalised")
     return images
@@ -69,34 +69,23 @@ def sincos_2d(dim, grid):
     """Width and (rows, columns) of the patch grid, or an int for a square -> fixed positions
     [1+N,dim] (3.1, as MAE's): sines, then cosines, of the column in the first half of the channels,
     of the row in the second; zeros for [CLS]."""
-    # ω_i = 10000^(−i/(dim/4)); patch n is in row ⌊n/columns⌋ and column n mod columns
+    # ω_i = 10000^(−i/(dim/4))
     omega = 10000 ** (-torch.arange(dim // 4).double() / (dim // 4))
-    rows, columns = layers.to_2tuple(grid)
-    n = torch.arange(rows * columns)
-    x = torch.outer(n % columns, omega)
-    y = torch.outer(n // columns, omega)
-    return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0)).float()
+    places = torch.cartesian_prod(*map(torch.arange, layers.to_2tuple(grid)))  # [N,2]: row, column
+    angles = places.flip(1)[:, :, None] * omega  # [N,2,dim/4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
+    return F.pad(waves, (0, 0, 1, 0)).float()
 
 
 def pick(rows, keep):
     """Rows [B,N,...], or [1,N,...] for all, keep [B,V] -> [B,V,...]."""
-    images = torch.arange(rows.shape[0], device=rows.device)
-    return rows[images[:, None], keep]  # take_along_dim would recompile for each batch size
+    b = torch.arange(rows.shape[0], device=rows.device)
+    return rows[b[:, None], keep]  # take_along_dim would recompile for each batch size
 
 
 def take(tokens, keep):
     """Tokens [B,1+N,C], keep [B,V] -> [B,1+V,C]: [CLS] and the kept patches, in keep's order."""
     return pick(tokens, F.pad(keep + 1, (1, 0)))  # row 0 is [CLS], row 1+i patch i
-
-
-def add_branch(x, branch, drop_rate, noise=None):
-    """x and a residual branch [B,N,D] -> their sum. With noise [B], drop path: an image's branch
-    is dropped with probability p = drop_rate, and multiplied by 1/(1−p) otherwise."""
-    if noise is None:
-        return x + branch
-    # x + branch · [u >= p]/(1−p)
-    gate = (noise >= drop_rate).to(x.dtype) / (1 - drop_rate)
-    return torch.addcmul(x, rearrange(gate, "b -> b 1 1"), branch)
 
 
 class Attention(nn.Module):
@@ -120,64 +109,68 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]; each branch's noise [B] drives drop path."""
+    """Pre-norm Transformer block, [B,N,D] -> [B,N,D]. The gates of drop path, numbers or [B,1,1],
+    multiply its two residual branches."""
 
-    def __init__(self, dim, heads, drop_rate):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.drop_rate = drop_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x, attn_noise=None, mlp_noise=None):
-        x = add_branch(x, self.attn(self.norm1(x)), self.drop_rate, attn_noise)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_rate, mlp_noise)
+    def forward(self, x, gates=(1, 1)):
+        x = x + gates[0] * self.attn(self.norm1(x))
+        return x + gates[1] * self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
     """A plain Vision Transformer (3.1) with timm's parameter names. image_size: an int or (height,
     width); drop_path: the last block's drop rate, rising linearly from 0. Raises UsageError unless
     patches tile the image, and heads and 4 divide dim."""
+    pretrained_cfg = dict(mean=(0, 0, 0), std=(1, 1, 1))  # a Teacher passes images as they are
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
-        self.image_size = tuple(layers.to_2tuple(image_size))
-        self.grid = tuple(side // patch_size for side in self.image_size)
+        # used for its sizes and weights: a linear map of a patch's pixels, with timm's names
+        embed = self.patch_embed = layers.PatchEmbed(image_size, patch_size, embed_dim=dim)
+        self.image_size, self.grid = embed.img_size, embed.grid_size
         if any(side % patch_size for side in self.image_size) or dim % heads or dim % 4:
             raise UsageError(f"patches of {patch_size} must tile {self.image_size} pixels, "
                              f"{heads} heads and 4 must divide the width {dim}")
         self.dim, self.patch_size = dim, patch_size
-        # holds the linear map of a patch's pixels in timm's shape; never called as a convolution
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], False)
-        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in self.drop_rates)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
+        self.drop_path = drop_path
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)  # unused: timm's keys
         self.apply(initialise)
 
     def forward(self, images, keep=None, path_noise=None):
         """Images [B,3,height,width], keep [B,V] or None for all patches, drop path's noise [B,2S]
         -> list of S tensors [B,1+V,D]: every block's output, without a final norm."""
-        sizes = dict(r=self.grid[0], s=self.grid[1], p=self.patch_size, q=self.patch_size)
-        patches = rearrange(images, "b c (r p) (s q) -> b (r s) c p q", **sizes)
+        sizes = dict(row=self.grid[0], column=self.grid[1], p=self.patch_size, q=self.patch_size)
+        patches = rearrange(images, "b c (row p) (column q) -> b (row column) c p q", **sizes)
         positions = self.pos_embed
-        if keep is not None:  # a dropped patch costs nothing, a kept one keeps its position
+        if keep is not None:  # as if positions came first, but a dropped patch costs nothing
             patches, positions = pick(patches, keep), take(positions, keep)
         x = normalise(patches, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
-        proj = self.patch_embed["proj"]
+        proj = self.patch_embed.proj
         x = F.linear(x.flatten(2), proj.weight.flatten(1), proj.bias)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + positions
-        noise = [None] * 2 * len(self.blocks)  # a block has two branches
-        if self.training and any(self.drop_rates):
+        depth = len(self.blocks)
+        gates = [(1, 1)] * depth
+        if self.training and self.drop_path:
             if path_noise is None:
-                path_noise = torch.rand(x.shape[0], len(noise), device=x.device)
-            noise = path_noise.unbind(1)
+                path_noise = torch.rand(x.shape[0], 2 * depth, device=x.device)
+            # gate = [u >= p]/(1−p): a branch is dropped with probability p, rising with depth
+            p = torch.linspace(0, self.drop_path, depth, device=x.device).repeat_interleave(2)
+            gate = ((path_noise >= p) / (1 - p)).to(x.dtype)
+            gates = rearrange(gate, "b (s two) -> s two b 1 1", two=2)
         features = []
-        for block, attn_noise, mlp_noise in zip(self.blocks, noise[::2], noise[1::2]):
-            x = block(x, attn_noise, mlp_noise)
+        for block, gate in zip(self.blocks, gates):
+            x = block(x, gate)
             features.append(x)
         return features
 
@@ -209,8 +202,8 @@ def vit(name, **overrides):
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
 
-TIMM_VITS = (vision_transformer.VisionTransformer, eva.Eva)
-PLAIN = (layers.Attention, layers.AttentionRope, eva.EvaAttention)
+PLAIN_VITS = (ViT, vision_transformer.VisionTransformer, eva.Eva)
+PLAIN_ATTENTION = (Attention, layers.Attention, layers.AttentionRope, eva.EvaAttention)
 
 
 def timm_attn(network):
@@ -218,14 +211,14 @@ def timm_attn(network):
     block's, for its [CLS], or, without a [CLS], the pooling query's. Raises UsageError if there is
     none, or none that can be read."""
     embed = getattr(network, "patch_embed", None)
-    if not isinstance(network, TIMM_VITS) or not isinstance(embed, layers.PatchEmbed):
+    if not isinstance(network, PLAIN_VITS) or not isinstance(embed, layers.PatchEmbed):
         raise UsageError(f"a {type(network).__name__} cannot teach: it is no plain ViT")
     if network.cls_token is None:
         if not isinstance(network.attn_pool, layers.AttentionPoolLatent):
             raise UsageError("this ViT cannot teach: it has no [CLS] and no pooling query")
         return network.attn_pool
     attn = getattr(network.blocks[-1], "attn", None)
-    if not isinstance(attn, PLAIN) or getattr(attn, "num_kv_groups", 1) > 1:
+    if not isinstance(attn, PLAIN_ATTENTION) or getattr(attn, "num_kv_groups", 1) > 1:
         raise UsageError("this ViT cannot teach: no plain softmax(q·k) attention")
     return attn
 
@@ -239,21 +232,16 @@ class Teacher(nn.Module):
     def __init__(self, network, levels=5):
         super().__init__()
         self.network, self.levels = network, levels
-        if isinstance(network, ViT):  # which normalises for itself
-            blocks, proj = network.blocks, network.patch_embed["proj"]
-            self.image_size, self.grid, attn = network.image_size, network.grid, blocks[-1].attn
-            config = dict(mean=(0, 0, 0), std=(1, 1, 1))
-        elif hasattr(network, "class_embedding"):  # open_clip's
+        if hasattr(network, "class_embedding"):  # open_clip's
             blocks, proj = network.transformer.resblocks, network.conv1
             self.image_size, self.grid = network.image_size, network.grid_size
             attn, config = blocks[-1].attn, network.preprocess_cfg
         else:
-            attn = timm_attn(network)
-            blocks, embed = network.blocks, network.patch_embed
+            attn, blocks, embed = timm_attn(network), network.blocks, network.patch_embed
             proj, self.image_size, self.grid = embed.proj, embed.img_size, embed.grid_size
             config = timm.data.resolve_model_data_config(network)
-        self.mean_std, self.count = (config["mean"], config["std"]), math.prod(self.grid)
-        self.depth, self.dim = len(blocks), proj.out_channels
+        self.mean_std = config["mean"], config["std"]
+        self.count, self.depth, self.dim = math.prod(self.grid), len(blocks), proj.out_channels
         if not 1 <= levels <= self.depth:
             raise UsageError(f"levels must be 1 to the teacher's depth {self.depth}: {levels}")
         self.has_cls = attn is not getattr(network, "attn_pool", None)
@@ -304,7 +292,8 @@ class Teacher(nn.Module):
         self.k = k
 
     def rotate_keys(self, attn, args, kwargs, output):
-        """timm's: rotary position embedding, if any, rotates the patches' keys after k_norm."""
+        """timm's: rotary position embedding, if any, rotates the patches' keys after k_norm; [CLS],
+        whose query is read, is not rotated."""
         if kwargs.get("rope") is not None:
             others, k = self.k.tensor_split([-self.count], dim=2)
             k = layers.apply_rot_embed_cat(k, kwargs["rope"], half=attn.rotate_half)
@@ -322,7 +311,8 @@ class Teacher(nn.Module):
 def visible_count(patches, ratio):
     """N, r -> V = ⌊N(1−r)⌋. Deviation: in exact arithmetic (N 20, r 0.8: 4; official code: 3).
     Raises UsageError unless 0 <= r < 1 and V >= 1."""
-    share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)  # decimal 0.7, not its nearest float
+    # the decimal 0.7, not its nearest float; 1, which leaves none, in the place of what is no ratio
+    share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)
     count = patches * share.numerator // share.denominator
     if count < 1:
         raise UsageError(f"mask ratio {ratio} leaves no visible patch of {patches}")
@@ -339,7 +329,7 @@ def attentive_keep(attention, ratio, noise=None):
         noise = torch.rand(attention.shape, device=attention.device)
     # Deviation: Gumbel top-k: multinomial's distribution, no wait for the GPU, zeros are allowed.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
-    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))
+    gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))  # finite, if u_n is 0
     # log 0 is -200: below log a_n + g_n of any a_n > 0 in fp32
     score = attention.float().log().clamp(min=-200) + gumbel
     return score.topk(visible_count(attention.shape[1], ratio)).indices
@@ -371,7 +361,7 @@ class DynamicAlignment(nn.Module):
 
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
-        # block t of the teacher's T, from 1, is matched to block ⌈t·S/T⌉ of the student
+        # block t of a teacher of depth T, from 1, is matched to block ⌈t·S/T⌉ of the student
         t = torch.arange(teacher_depth - levels + 1, teacher_depth + 1)
         match = (t * student_depth - 1) // teacher_depth
         self.matrix = nn.Parameter(F.one_hot(match, student_depth) + 0.01)
@@ -398,18 +388,23 @@ class MaskAlign(nn.Module):
             raise UsageError(f"the mask is attentive or random, not {mask!r}")
         if student.grid != teacher.grid:
             raise UsageError(f"grids differ: student {student.grid}, teacher {teacher.grid}")
-        visible_count(math.prod(student.grid), mask_ratio)  # raises
+        visible_count(math.prod(student.grid), mask_ratio)  # raises here, not in the first step
         self.student, self.mask, self.mask_ratio = student, mask, mask_ratio
         self.align = DynamicAlignment(len(student.blocks), student.dim,
                                       teacher.depth, teacher.dim, teacher.levels)
+
+    def draw(self, attention, noise=None):
+        """Attention [B,N], optional noise [B,N] -> keep [B,V], by the kind of mask (3.2)."""
+        if self.mask == "random":
+            return random_keep(*attention.shape, self.mask_ratio, attention.device, noise)
+        return attentive_keep(attention, self.mask_ratio, noise)
 
     def forward(self, images, levels, attention, keep=None, mask_noise=None, path_noise=None):
         """Images [B,3,height,width], the teacher's K levels [B,1+N,E] and attention [B,N] for them
         -> scalar loss. keep [B,V] overrides the mask of noise [B,N]; path_noise is [B,2S]."""
         # 3.1, by the caller: levels, attention = teacher(images)
-        if keep is None:  # 3.2: [B,V]
-            salience = attention if self.mask == "attentive" else torch.ones_like(attention)
-            keep = attentive_keep(salience, self.mask_ratio, mask_noise)
+        if keep is None:
+            keep = self.draw(attention, mask_noise)  # 3.2: [B,V]
         features = self.student(images, keep, path_noise)  # 3.1: S times [B,1+V,D]
         predictions = self.align(features)  # 3.3: K times [B,1+V,E]
         targets = [whiten(take(level, keep)) for level in levels]  # K times [B,1+V,E]
@@ -456,6 +451,7 @@ class Unpickler(pickle.Unpickler):
         return functools.partial(REBUILD[name]) if name in REBUILD else Placeholder
 
 
+# a "pickle_module" for torch.load
 READER = SimpleNamespace(__name__="reader", Unpickler=Unpickler,
                          load=lambda file, **options: Unpickler(file, **options).load())
 
@@ -472,7 +468,7 @@ def read_weights(source):
                 raise UsageError(f"damaged in {damaged}")
             if "constants.pkl" in str(archive.namelist()):
                 raise UsageError("TorchScript: save torch.jit.load(FILE).state_dict()")
-        state = torch.load(source, "cpu", READER, weights_only=False)
+        state = torch.load(source, "cpu", pickle_module=READER, weights_only=False)
         if not isinstance(state, dict):
             raise UsageError("no dict of weights: save model.state_dict()")
         return state
@@ -487,11 +483,10 @@ def fit_positions(positions, grid):
     if neither, they are returned as they are."""
     cls, x = positions[0].float().tensor_split([1])
     count, side = len(x), math.isqrt(len(x))
-    own = grid if count == math.prod(grid) else (side, side)
-    for shape in [(n, count // n) for n in range(1, count + 1) if count % n == 0]:
-        if F.mse_loss(x, sincos_2d(x.shape[1], shape)[1:]) < 0.01:
-            own = shape
-    if math.prod(own) != count:
+    shapes = [(n, count // n) for n in range(1, count + 1) if count % n == 0]
+    told = [s for s in shapes if F.mse_loss(x, sincos_2d(x.shape[1], s)[1:]) < 0.01]
+    own = next((s for s in (*told, grid, (side, side)) if math.prod(s) == count), None)
+    if own is None:
         return positions
     x = F.interpolate(rearrange(x, "(r s) d -> 1 d r s", r=own[0]), grid, mode="bicubic")
     return torch.cat([cls, rearrange(x, "1 d r s -> (r s) d")])[None]
@@ -521,8 +516,8 @@ def load_encoder(network, source):
         elif "pos_embed" in state:
             state["pos_embed"] = fit_positions(state["pos_embed"], network.grid)
         used = {key: x for key, x in state.items() if key in own or not re.match(optional, key)}
-        spare = {key: x for key, x in own.items() if re.match(optional, key)}
-        network.load_state_dict(spare | used)
+        absent = {key: x for key, x in own.items() if re.match(optional, key)}  # if so, as it is
+        network.load_state_dict(absent | used)
     except (RuntimeError, LookupError, ValueError) as error:  # torch's and timm's
         lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
         hint = "".join(FOREIGN[part] for part in FOREIGN if part in names)
@@ -538,17 +533,17 @@ def clip_network(name, weights, grid):
     patch_size = config["vision_cfg"].get("patch_size")  # none: a ResNet, or a timm network
     if not patch_size:
         raise UsageError(f"{name} cannot teach: no plain ViT of open_clip, timm or VITS")
-    tag = "openai" if weights == "pretrained" else weights
-    # open_clip only warns if tag and model disagree about QuickGELU, and features are wrong
-    published = open_clip.get_pretrained_cfg(name, tag or "")
+    weights = "openai" if weights == "pretrained" else weights
+    # open_clip only warns if a tag and a model disagree about QuickGELU, and features are wrong
+    published = open_clip.get_pretrained_cfg(name, weights or "")
     if published and published.get("quick_gelu", False) != config.get("quick_gelu", False):
-        raise UsageError(f"{tag} and {name} differ in QuickGELU: add or drop -quickgelu")
+        raise UsageError(f"{weights} and {name} differ in QuickGELU: add or drop -quickgelu")
     # Deviation: for a grid that is not the model's own, open_clip (and timm, for its models)
     # resamples positions with antialiasing.
-    tower = open_clip.create_model(name, pretrained=tag if published else None,
+    tower = open_clip.create_model(name, pretrained=weights if published else None,
                                    force_image_size=pixels(grid, patch_size)).visual
-    if tag is not None and not published:
-        load_encoder(tower, tag)
+    if weights is not None and not published:
+        load_encoder(tower, weights)
     return tower
 
 

@@ -81,7 +81,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from maskalign import (
-    MaskAlign, UsageError, attentive_keep, load_encoder, load_teacher, read_weights, vit, whiten)
+    MaskAlign, UsageError, load_encoder, load_teacher, read_weights, vit, whiten)
 
 # what torchrun says of this process
 RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
@@ -95,8 +95,8 @@ FREE = {"out", "data", "init", "workers", "device", "compile", "micro_batch", "s
 
 
 # --- Command line: options and their defaults are those of the docstring ------------------------
-def number(kind, lowest, highest=2 ** 31):
-    """A type for argparse: numbers from lowest to highest."""
+def between(kind, lowest, highest=2 ** 31):
+    """A type for argparse, whose name is in its messages: numbers from lowest to highest."""
     def number(text):
         if not lowest <= kind(text) <= highest:
             raise argparse.ArgumentTypeError(f"{text} is not between {lowest} and {highest}")
@@ -106,12 +106,12 @@ def number(kind, lowest, highest=2 ** 31):
 
 def image_size(text):
     """A type for argparse: "N" or "HxW" -> (height, width) in pixels."""
-    sides = list(map(number(int, 1), text.split("x", 1)))
+    sides = list(map(between(int, 1), text.split("x", 1)))
     return sides[0], sides[-1]
 
 
-TYPES = dict(N=number(int, 1), INT=number(int, 0), X=number(float, 0), R=number(float, 0, 1),
-             P=number(float, 0, 0.99), HxW=image_size)
+TYPES = dict(N=between(int, 1), INT=between(int, 0), X=between(float, 0), R=between(float, 0, 1),
+             P=between(float, 0, 0.99), HxW=image_size)
 
 
 def read_options(argv, column):
@@ -124,6 +124,7 @@ def read_options(argv, column):
         words, *row, _ = re.split("  +", line)
         flag, metavar = words.split()
         choices = metavar[1:-1].split(",") if metavar[0] == "{" else None
+        # four defaults, of the tasks and digits; two, of the tasks and digits; or one
         default = row[column if len(row) == 4 else min(column, 0)]
         parser.add_argument(
             flag,
@@ -138,7 +139,7 @@ def parse(argv):
     UsageError if they do not fit together; exits as argparse does if one is invalid."""
     first = read_options(argv, 0)
     tasks = "pretrain", "finetune", "probe"
-    args = read_options(argv, -1 if is_digits(first.data) else tasks.index(first.task))
+    args = read_options(argv, -1 if DIGITS(first.data) else tasks.index(first.task))
     for name, value in vars(args).items():
         if value == "":
             raise UsageError(f"--{name.replace('_', '-')} is empty")
@@ -167,16 +168,16 @@ def choose_device(args):
 
 
 # --- Ranks and signals --------------------------------------------------------------------------
-SIGNALS = {number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+SIGNALS = {signum for signum in signal.Signals if signum.name in ("SIGTERM", "SIGUSR1", "SIGINT")}
 # unsaved: a step was taken that is not in last.pt
 stop = SimpleNamespace(signal=0, unsaved=False, saved="nothing was trained yet")
 
 
-def on_signal(number, frame):
-    """End at once if every step is saved, or at a second Ctrl-C; else the loop saves first, at the
-    end of the step or, with several ranks, where they next agree on it."""
-    insists = number == stop.signal == signal.SIGINT
-    stop.signal = number
+def on_signal(signum, frame):
+    """End at once if every step is saved, as in an evaluation, or at a second Ctrl-C; else the loop
+    saves first, at the end of the step or, with several ranks, at the next line of the log."""
+    insists = signum == stop.signal == signal.SIGINT
+    stop.signal = signum
     if insists or not stop.unsaved:
         leave()
 
@@ -190,13 +191,14 @@ def leave():
 
 def ignore_signals(worker):
     """In a loader's worker: SLURM and terminals signal workers too; only ranks respond."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """Those of a run that failed: multiprocessing would wait for them, for they ignore SIGTERM."""
+    """Kill the workers of a run that failed: they ignore SIGTERM, with which multiprocessing would
+    end them, and wait for ever."""
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for child in multiprocessing.active_children():
@@ -232,6 +234,7 @@ def say(text):
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+DIGITS = re.compile(r"digits(?::([1-9]\d{0,8}))?").fullmatch  # --data, if it is the demo's
 # Pillow limits a PNG's text and colour profile to 1 MB: raised; its limit of the pixels stays
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
@@ -239,11 +242,6 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 def seed_of(*key):
     """Any key -> a 60-bit seed, the same on every machine."""
     return int(sha256(repr(key).encode()).hexdigest()[:15], 16)
-
-
-def is_digits(data):
-    """Whether --data is that of the demo, digits or digits:N."""
-    return data.partition(":")[0] == "digits"
 
 
 # Pillow's own, by size; a Digits does not hold it, for it cannot be sent to a worker
@@ -358,13 +356,13 @@ class Folder(Source):
 def scan(root):
     """The images in a folder and below, sorted, as paths from there with "/" between folders.
     Hidden entries, as .ipynb_checkpoints and a Mac's ._x.jpg and __MACOSX, are skipped."""
-    found = []
+    found = set()
     for at, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         at = Path(os.path.relpath(at, root))
-        found += [(at / name).as_posix() for name in names if not name.startswith(".")]
-    images = [file for file in found if file.lower().endswith(EXTENSIONS)]
-    if others := sorted({Path(file).suffix for file in set(found) - set(images)}):
+        found |= {(at / name).as_posix() for name in names if not name.startswith(".")}
+    images = {file for file in found if file.lower().endswith(EXTENSIONS)}
+    if others := sorted({Path(file).suffix for file in found - images}):
         print(f"--data: {len(found) - len(images)} files of other kinds are not read: {others[:9]}")
     return sorted(images)
 
@@ -373,7 +371,7 @@ def open_data(args, size):
     """--data, at size (H, W) -> sources: to train on, k-NN's bank of neighbours, and the labelled
     one to evaluate on, or None. Raises UsageError without images, or if val's classes are not
     train's."""
-    if digits := re.fullmatch(r"digits(?::([1-9]\d{0,8}))?", args.data):
+    if digits := DIGITS(args.data):
         count = int(digits[1] or 76800)
         data = Digits(count, size, seed_of(args.seed, "train"), fixed=bool(digits[1]))
         bank = Digits(2000, size, seed_of(args.seed, "bank"), fixed=True)
@@ -445,11 +443,13 @@ class Schedule:
         epoch = count / args.batch_size  # in steps; a trifle makes up for what floats fall short of
         self.steps = max(1, int(args.epochs * epoch + 1e-6))
         self.warmup = int(args.warmup_epochs * epoch + 1e-6)
+        # steps between evaluations; 0: only at the end
         self.every = args.eval_every * epoch * (1 - 1e-6) or self.steps
         self.peak, self.lowest = args.blr * args.batch_size / 256, args.min_lr
         self.share = args.batch_size // WORLD
         self.parts = ceil(self.share / args.micro_batch)
         self.micro = ceil(self.share / self.parts)
+        # if the last would hold one image
         if args.task == "probe" and self.share == 1 + self.micro * (self.parts - 1):
             raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
                              "--batch-size or --micro-batch")
@@ -477,7 +477,8 @@ class Schedule:
             yield from BatchSampler(self.keys(step, RANK), self.micro, drop_last=False)
 
     def noise(self, step, width):
-        """Uniform noise [b,width] for each micro-batch of this rank."""
+        """Uniform noise [b,width] for each micro-batch of this rank: its rows of the whole batch's,
+        so that an image's noise does not depend on the number of ranks."""
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "step", step))
         noise = torch.rand(WORLD, self.share, width, generator=generator, device=self.device)
         return noise[RANK].split(self.micro)
@@ -509,7 +510,7 @@ class Classifier(nn.Module):
 
 
 def build(args):
-    """The task's model, teacher or None, and sources; without epochs, in pre-training, the student
+    """The task's model, teacher or None, and sources; to evaluate what was pre-trained, the student
     alone. Raises UsageError if they do not fit together."""
     torch.manual_seed(args.seed)
     student = vit(args.student, drop_path=args.drop_path, image_size=args.image_size)
@@ -549,8 +550,9 @@ def make_optimiser(model, args):
 
 
 def make_scaler(args):
-    """fp16's gradient scaler. Otherwise it only skips steps whose gradient is not finite, without a
-    wait for the device: its scale is 1, and less after a skip."""
+    """fp16's gradient scaler. In bf16 and fp32 it only skips steps whose gradient is not finite,
+    without a wait for the device. A scale below 1 means an error: these start at 1, and a single
+    skip lowers it; fp16 starts at 65536, and adapts by a few skips."""
     options = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
     return torch.amp.GradScaler(args.device.type, **options)
 
@@ -589,8 +591,8 @@ def loss_of(network, teacher, images, labels, noise, args):
 # --- Evaluation: the ranks share the images -----------------------------------------------------
 @torch.no_grad()
 def outputs(function, source, args, most=2 ** 31):
-    """function(images) and labels of this rank's images of a source, [m,…] and [m]; of at most so
-    many, evenly spread."""
+    """function(images) and labels of this rank's images of a source, [m,…] and [m]; of at most
+    `most` images, evenly spaced."""
     chosen = range(0, len(source), ceil(len(source) / most))
     # a rank that has none of them does the first, and leaves it out of its rows
     own = chosen[RANK::WORLD]
@@ -655,8 +657,7 @@ def look(model, teacher, images):
     the teacher's attention, what the student sees, and the principal components of the student's
     tokens and of the teacher's."""
     levels, attention = teacher(images)
-    salience = attention if model.mask == "attentive" else torch.ones_like(attention)
-    keep = attentive_keep(salience, model.mask_ratio)
+    keep = model.draw(attention)
     theirs = components(levels[-1][:, 1:])
     mine = components(model.student(images)[-1][:, 1:], like=theirs)
     light = repeat(attention / attention.amax(dim=1, keepdim=True), "b n -> b n c", c=3)
@@ -732,16 +733,16 @@ def owned(out):
         return nullcontext()
 
 
-def save(out, model, parts, state):
-    """Rank 0 writes last.pt, the state of all parts (student and align, or a classifier's;
-    optimiser and scaler) and of the run (step, log, arguments, ...); and the encoder, and the
+def save(out, model, stateful, state):
+    """Rank 0 writes last.pt, the state of what is stateful (student and align, or a classifier's
+    modules; optimiser, scaler) and of the run (step, log, arguments, ...); and the encoder, and the
     classifier. Then the process ends if a signal to any rank asked for it."""
     if RANK == 0:
         write(out / "student.pt", model.student.state_dict())
         if isinstance(model, Classifier):
             write(out / "classifier.pt", model.timm_state())
             (out / "classes.txt").write_bytes(os.fsencode("\n".join(state["classes"])))
-        states = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in stateful.items()}
         write(out / "last.pt", states | state)
     stop.signal = max(gather(stop.signal))  # the other ranks wait for the files
     stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {state['step']}"
@@ -765,9 +766,9 @@ def load_start(model, source, classes):
     return taken
 
 
-def resume(out, model, parts, args, data):
-    """Load last.pt into the parts -> the run's state: step, step last evaluated, log, classes,
-    arguments. Rank 0 writes a first one, with what --init has, unless there is one. Raises
+def resume(out, model, stateful, args, data):
+    """Load last.pt into what is stateful -> the run's state: step, step last evaluated, log,
+    classes, arguments. Rank 0 writes a first one, with what --init has, unless there is one. Raises
     UsageError if it is of another run; only epochs may grow."""
     path = out / "last.pt"
     new = {name: value for name, value in vars(args).items() if name not in FREE}
@@ -779,7 +780,7 @@ def resume(out, model, parts, args, data):
             raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
         if args.init and RANK == 0:
             load_start(model, args.init, data.classes)
-        save(out, model, parts, state)
+        save(out, model, stateful, state)
     last = read_weights(path)
     old = dict(epochs=0) | last.get("arguments", {})
     old["epochs"] = max(old["epochs"], args.epochs)
@@ -787,7 +788,7 @@ def resume(out, model, parts, args, data):
     if odd:
         raise UsageError(f"{path} is of a run with other arguments: {', '.join(odd)}. Restore "
                          f"them, or start anew from its encoder: --init {path}, another --out")
-    for name, part in parts.items():
+    for name, part in stateful.items():
         part.load_state_dict(last[name])
     stop.saved = f"{path} is of step {last['step']}"
     return state | {name: last[name] for name in ("step", "evaluated", "log")}
@@ -811,13 +812,12 @@ class Meter:
 
     def read(self, done, schedule, scaler, data):
         """A line of the log, of the steps up to `done`. Here the host waits for the device. Raises
-        UsageError if a loss or norm is not finite: no step was taken with it. In fp16 norms may
-        overflow while the scale adapts, until it is below 1; grad_norm is the others' median."""
+        UsageError if a loss or norm is not finite: no step was taken with it. But norms need not be
+        while the scale adapts, see make_scaler; grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
         seconds = perf_counter() - self.since
         table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
         finite = table.isfinite()
-        # below 1 after bf16's first bad gradient, but only after many of fp16's
         finite[:, 1] |= scaler.get_scale() >= 1
         if not finite.all():  # the loss first: its rank is at fault, norms are equal on all ranks
             step, _, rank = (~finite).nonzero()[0].tolist()
@@ -860,8 +860,8 @@ def run(args, out):
     data = sources[0]
     schedule, mix = Schedule(args, len(data)), mixing(data, args)
     optimiser, scaler = make_optimiser(model, args), make_scaler(args)
-    parts = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
-    state = resume(out, model, parts, args, data)
+    stateful = dict(model.named_children(), optimiser=optimiser, scaler=scaler)
+    state = resume(out, model, stateful, args, data)
     first, log = state["step"], state["log"]
 
     def report():
@@ -870,12 +870,12 @@ def run(args, out):
         if schedule.evaluates(state["evaluated"], state["step"]):
             log[-1] |= evaluate(model, teacher, sources, args)
             state["evaluated"] = state["step"]
-            save(out, model, parts, state)
+            save(out, model, stateful, state)
         note(out, log[-1:])
     announce(args, schedule, first, sources)
     note(out, log[:-1], "w")
     report()
-    network, observe = wrap(model, teacher, args)
+    wrapped, observe = wrap(model, teacher, args)
     width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
     width += prod(model.student.grid) if teacher else 0
     stream, meter = loader(data, schedule.batches(first), args), Meter()
@@ -889,9 +889,9 @@ def run(args, out):
             if mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
                 images, labels = mix(images / 255, labels)
-            # DDP's: ranks exchange gradients once
-            network.require_backward_grad_sync = part + 1 == schedule.parts
-            loss = loss_of(network, observe, images, labels, noise, args)
+            # DDP's alone: ranks exchange gradients once
+            wrapped.require_backward_grad_sync = part + 1 == schedule.parts
+            loss = loss_of(wrapped, observe, images, labels, noise, args)
             loss = loss * (len(images) / schedule.share)  # the last part may be smaller
             # 0·inf = NaN: no rank takes a step with a loss that is not finite
             scaler.scale(loss * (1 + 0 * loss.detach())).backward()
@@ -909,7 +909,7 @@ def run(args, out):
             log.append(meter.read(done, schedule, scaler, data))
             saves |= schedule.evaluates(state["evaluated"], done)
             if saves or max(gather(stop.signal)):
-                save(out, model, parts, state)
+                save(out, model, stateful, state)
             report()
             bar.set_postfix(log[-1], refresh=False)
             meter = Meter()
@@ -935,11 +935,11 @@ def score(args, out):
 def demo(args):
     """A teacher is trained on digits with labels, for 0.45 of --epochs; then a student without, for
     0.6. Three minutes on two CPU cores. All are evaluated by k-NN."""
+    def lesson(epochs, **changes):
+        return train(argparse.Namespace(**vars(args) | changes | dict(epochs=epochs * args.epochs)))
     school, home = f"{args.out}/teacher", f"{args.out}/student"
-    first = dict(task="finetune", student=args.teacher, init=None, out=school)
-    then = dict(teacher_weights=f"{school}/student.pt", out=home)
-    train(argparse.Namespace(**vars(args) | first | dict(epochs=0.45 * args.epochs)))
-    run = train(argparse.Namespace(**vars(args) | then | dict(epochs=0.6 * args.epochs)))
+    lesson(0.45, task="finetune", student=args.teacher, init=None, out=school)
+    run = lesson(0.6, teacher_weights=f"{school}/student.pt", out=home)
     torch.manual_seed(args.seed)
     untrained = vit(args.student, image_size=args.image_size).to(args.device).eval()
     _, bank, val = run.sources
@@ -978,11 +978,11 @@ def main(argv=None):
     try:
         args = parse(argv)
         if argv is None:  # a notebook keeps its KeyboardInterrupt
-            for number in SIGNALS:
-                signal.signal(number, on_signal)
+            for signum in SIGNALS:
+                signal.signal(signum, on_signal)
         join_processes()
-        own = (args.teacher, args.teacher_weights) == ("vit_digits_patch4_32", "pretrained")
-        is_demo = own and is_digits(args.data) and args.task == "pretrain" and args.epochs
+        untaught = (args.teacher, args.teacher_weights) == ("vit_digits_patch4_32", "pretrained")
+        is_demo = untaught and DIGITS(args.data) and args.task == "pretrain" and args.epochs
         (demo if is_demo else train)(args)
         if dist.is_initialized():  # after an error it could wait for the others
             dist.destroy_process_group()
