@@ -52,7 +52,7 @@ def to_float(images):
     """Images -> float in [0,1]. Raises UsageError, on a CPU, if floats are in another range."""
     if images.dtype == torch.uint8:
         return images / 255
-    # bicubic resampling of [0,1] stays within; normalised images go below, floats to 255 above
+    # bicubic overshoot stays within; normalised images usually go below, floats to 255 above
     if can_check(images) and ((images < -0.5) | (images > 10)).any():
         raise UsageError("images must be uint8, or float in [0, 1] and not normalised")
     return images
@@ -153,7 +153,7 @@ class ViT(nn.Module):
         sizes = dict(row=self.grid[0], column=self.grid[1], p=self.patch_size, q=self.patch_size)
         patches = rearrange(images, "b c (row p) (column q) -> b (row column) c p q", **sizes)
         positions = self.pos_embed
-        if keep is not None:  # as if positions came first, but a dropped patch costs nothing
+        if keep is not None:  # equals adding positions first, but embeds the kept patches only
             patches, positions = pick(patches, keep), take(positions, keep)
         x = normalise(patches, *IMAGENET_MEAN_STD).to(self.cls_token.dtype)
         proj = self.patch_embed.proj
@@ -167,10 +167,10 @@ class ViT(nn.Module):
             # gate = [u >= p]/(1−p): a branch is dropped with probability p, rising with depth
             p = torch.linspace(0, self.drop_path, depth, device=x.device).repeat_interleave(2)
             gate = ((path_noise >= p) / (1 - p)).to(x.dtype)
-            gates = rearrange(gate, "b (s two) -> s two b 1 1", two=2)
+            gates = rearrange(gate, "b (s two) -> s two b 1 1", two=2)  # S pairs of [B,1,1]
         features = []
-        for block, gate in zip(self.blocks, gates):
-            x = block(x, gate)
+        for block, pair in zip(self.blocks, gates):
+            x = block(x, pair)
             features.append(x)
         return features
 
@@ -226,8 +226,8 @@ def timm_attn(network):
 class Teacher(nn.Module):
     """A ViT of ours, open_clip's or timm's, frozen, that sees the intact image (3.1). Hooks,
     registered before any compilation, capture the outputs of the last K blocks and the last
-    attention's queries q and keys k. Deviation: in a ViT without [CLS], the mean patch and the
-    pooling query stand for it. Raises UsageError as timm_attn does, or if K exceeds the depth."""
+    attention's queries q and keys k. Deviation: for a [CLS] that a ViT lacks stand its mean patch,
+    in levels, and its pooling query. Raises UsageError as timm_attn does, or if K is too large."""
 
     def __init__(self, network, levels=5):
         super().__init__()
@@ -284,11 +284,11 @@ class Teacher(nn.Module):
         self.outputs.append(torch.cat([first, patches], dim=1))
 
     def see_queries(self, q_norm, args, q):
-        """Ours and timm's: queries [B,heads,P+N,d], the output of q_norm."""
+        """Ours and timm's: q_norm's output, queries [B,heads,P+N,d], or [B,heads,1,d] to pool."""
         self.q = q
 
     def see_keys(self, k_norm, args, k):
-        """Ours and timm's: keys [B,heads,P+N,d], the output of k_norm."""
+        """Ours and timm's: k_norm's output, keys [B,heads,P+N,d]."""
         self.k = k
 
     def rotate_keys(self, attn, args, kwargs, output):
@@ -311,7 +311,7 @@ class Teacher(nn.Module):
 def visible_count(patches, ratio):
     """N, r -> V = ⌊N(1−r)⌋. Deviation: in exact arithmetic (N 20, r 0.8: 4; official code: 3).
     Raises UsageError unless 0 <= r < 1 and V >= 1."""
-    # the decimal 0.7, not its nearest float; 1, which leaves none, in the place of what is no ratio
+    # as the decimal 0.7, not its nearest float; an invalid ratio counts as 1, which fails below
     share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)
     count = patches * share.numerator // share.denominator
     if count < 1:
@@ -379,8 +379,8 @@ class DynamicAlignment(nn.Module):
 class MaskAlign(nn.Module):
     """All that is trained: a student ViT and its alignment to a teacher. mask: "attentive" or
     "random". teacher: a Teacher, or your own with a `grid` (rows, columns), `depth`, `dim` E and
-    `levels` K; calling it on images, which is the caller's part, gives forward's levels and
-    attention. Raises UsageError for another mask, if grids differ, or if no patch stays visible."""
+    `levels` K; the caller computes levels, attention = teacher(images), for forward. Raises
+    UsageError for another mask, if grids differ, or if no patch stays visible."""
 
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
@@ -407,16 +407,16 @@ class MaskAlign(nn.Module):
             keep = self.draw(attention, mask_noise)  # 3.2: [B,V]
         features = self.student(images, keep, path_noise)  # 3.1: S times [B,1+V,D]
         predictions = self.align(features)  # 3.3: K times [B,1+V,E]
-        targets = [whiten(take(level, keep)) for level in levels]  # K times [B,1+V,E]
+        targets = [whiten(take(level.detach(), keep)) for level in levels]  # K times [B,1+V,E]
         # L = 1/K Σ_k L(ŷ_k,ȳ_k)
-        losses = [align_loss(pred, target) for pred, target in zip(predictions, targets)]
+        losses = [align_loss(*pair) for pair in zip(predictions, targets, strict=True)]
         return torch.stack(losses).mean()
 
 
 # --- Weights from files, teachers by name -------------------------------------------------------
 
 WRAPPERS = ("teacher", "student", "model", "state_dict", "module", "encoder", "backbone")
-# of names: wrappers, and DINOv2's chunks of blocks, blocks.CHUNK.BLOCK
+# cut from names: wrappers, and CHUNK of DINOv2's blocks.CHUNK.BLOCK
 SURPLUS = (r"^((module|_orig_mod|model|base_encoder|encoder|backbone|student)\.)+"
            r"|(?<=\bblocks\.)\d+\.(?=\d)")
 # prefixes of names outside the encoder
@@ -447,7 +447,7 @@ class Unpickler(pickle.Unpickler):
     """Rebuilds tensors and looks up nothing else: no code runs that a file asks for."""
 
     def find_class(self, module, name):
-        # a partial: a file may set attributes of what it is given
+        # a new partial each time: a file may set attributes on what it gets
         return functools.partial(REBUILD[name]) if name in REBUILD else Placeholder
 
 
@@ -478,9 +478,9 @@ def read_weights(source):
 
 
 def fit_positions(positions, grid):
-    """A file's positions [1,1+N,D], grid (rows, columns) -> positions of that grid. The file's own
-    grid is told by sin-cos positions; for others it is the same if N is the same, or else a square;
-    if neither, they are returned as they are."""
+    """A file's positions [1,1+N,D], grid (rows, columns) -> positions of that grid. Their own grid
+    is the one whose sin-cos positions they are; or else `grid`, if N agrees; or else a square; if
+    none fits, they are returned as they are."""
     cls, x = positions[0].float().tensor_split([1])
     count, side = len(x), math.isqrt(len(x))
     shapes = [(n, count // n) for n in range(1, count + 1) if count % n == 0]
@@ -516,8 +516,8 @@ def load_encoder(network, source):
         elif "pos_embed" in state:
             state["pos_embed"] = fit_positions(state["pos_embed"], network.grid)
         used = {key: x for key, x in state.items() if key in own or not re.match(optional, key)}
-        absent = {key: x for key, x in own.items() if re.match(optional, key)}  # if so, as it is
-        network.load_state_dict(absent | used)
+        spare = {key: x for key, x in own.items() if re.match(optional, key)}  # kept if absent
+        network.load_state_dict(spare | used)
     except (RuntimeError, LookupError, ValueError) as error:  # torch's and timm's
         lines = [line.strip()[:200] for line in str(error).splitlines()[:9]]
         hint = "".join(FOREIGN[part] for part in FOREIGN if part in names)

@@ -258,6 +258,7 @@ def teacher(request):
 
 def student_of(teacher, **options):
     """A MaskAlign that learns from a teacher, and images for it."""
+    torch.manual_seed(0)
     size = tuple(4 * side for side in teacher.grid)
     model = ma.MaskAlign(small_vit(image_size=size, **options), teacher, mask_ratio=0.5)
     return model, torch.rand(2, 3, *size)
@@ -477,7 +478,6 @@ def test_autocast_does_not_round_the_mixture():
 # --- MaskAlign: the whole method ----------------------------------------------------------------
 
 def test_the_loss_is_the_papers_formula():
-    torch.manual_seed(0)
     teacher = ma.Teacher(small_vit(dim=12), 2)
     model, images = student_of(teacher)
     levels, attention = teacher(images)
@@ -497,13 +497,14 @@ def test_the_loss_is_the_papers_formula():
 @pytest.mark.parametrize("mask", ["attentive", "random"])
 def test_the_mask_is_attentive_or_random_as_asked(mask):
     teacher = SimpleNamespace(grid=(3, 3), depth=4, dim=12, levels=2)  # all that is read of one
-    images, levels = torch.rand(2, 3, 12, 12), torch.rand(2, 2, 10, 12)
+    images, levels = torch.rand(2, 3, 12, 12), torch.rand(2, 2, 10, 12, requires_grad=True)
     attention = torch.tensor([0, 1, 0, 1, 0, 1, 0, 0, 1]).expand(2, -1) / 4
     mask_noise, path_noise = torch.rand(2, 9), torch.rand(2, 6)
     model = ma.MaskAlign(small_vit(drop_path=0.5), teacher, mask, 0.5).train()
     keep = (mask_noise * attention if mask == "attentive" else mask_noise).topk(4, dim=1).indices
     loss = model(images, levels, attention, mask_noise=mask_noise, path_noise=path_noise)
     same(loss, model(images, levels, attention, keep, path_noise=path_noise))
+    assert torch.autograd.grad(loss, levels, allow_unused=True) == (None,)
 
 
 def test_bf16_has_the_loss_and_gradients_of_fp32(teacher):

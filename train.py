@@ -124,7 +124,7 @@ def read_options(argv, column):
         words, *row, _ = re.split("  +", line)
         flag, metavar = words.split()
         choices = metavar[1:-1].split(",") if metavar[0] == "{" else None
-        # four defaults, of the tasks and digits; two, of the tasks and digits; or one
+        # 4 defaults: of each task, of digits; 2: of all tasks, of digits; 1: of all
         default = row[column if len(row) == 4 else min(column, 0)]
         parser.add_argument(
             flag,
@@ -139,7 +139,8 @@ def parse(argv):
     UsageError if they do not fit together; exits as argparse does if one is invalid."""
     first = read_options(argv, 0)
     tasks = "pretrain", "finetune", "probe"
-    args = read_options(argv, -1 if DIGITS(first.data) else tasks.index(first.task))
+    digits = re.match("digits(:|$)", first.data)
+    args = read_options(argv, -1 if digits else tasks.index(first.task))
     for name, value in vars(args).items():
         if value == "":
             raise UsageError(f"--{name.replace('_', '-')} is empty")
@@ -197,8 +198,8 @@ def ignore_signals(worker):
 
 @atexit.register
 def end_workers():
-    """Kill the workers of a run that failed: they ignore SIGTERM, with which multiprocessing would
-    end them, and wait for ever."""
+    """Kill the workers of a run that failed: they ignore multiprocessing's SIGTERM, and it would
+    wait for them for ever."""
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for child in multiprocessing.active_children():
@@ -234,7 +235,7 @@ def say(text):
 
 # --- Data: an image depends on (seed, epoch, index) alone ---------------------------------------
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-DIGITS = re.compile(r"digits(?::([1-9]\d{0,8}))?").fullmatch  # --data, if it is the demo's
+DIGITS = re.compile(r"digits(?::([1-9]\d{0,8}))?").fullmatch  # --data -> match or None
 # Pillow limits a PNG's text and colour profile to 1 MB: raised; its limit of the pixels stays
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
@@ -244,7 +245,7 @@ def seed_of(*key):
     return int(sha256(repr(key).encode()).hexdigest()[:15], 16)
 
 
-# Pillow's own, by size; a Digits does not hold it, for it cannot be sent to a worker
+# Pillow's own, by size; no attribute of Digits, for it cannot be pickled
 font = cache(ImageFont.load_default)
 
 
@@ -440,7 +441,7 @@ class Schedule:
     def __init__(self, args, count):
         self.seed, self.device = args.seed, args.device
         self.batch, self.count = args.batch_size, count
-        epoch = count / args.batch_size  # in steps; a trifle makes up for what floats fall short of
+        epoch = count / args.batch_size  # in steps; 1e-6 absorbs floats' rounding
         self.steps = max(1, int(args.epochs * epoch + 1e-6))
         self.warmup = int(args.warmup_epochs * epoch + 1e-6)
         # steps between evaluations; 0: only at the end
@@ -537,7 +538,7 @@ def make_optimiser(model, args):
     tuned = isinstance(model, Classifier)
     # Deviation: fine-tuning decays neither positions nor [CLS], as MAE's does not.
     exempt = ["student.cls_token", "student.pos_embed"] if tuned else ["align.matrix"]
-    # timm's form: what is of the stem, of block (\d+), or, "", after all of them
+    # timm's form: patterns of the stem, of block (\d+), and, "", of the rest, which comes last
     model.group_matcher = lambda coarse: dict(
         stem=r"student\.[^b]", blocks=[(r"student\.blocks\.(\d+)", None), ("", (99,))])
     groups = param_groups_layer_decay(
@@ -551,8 +552,8 @@ def make_optimiser(model, args):
 
 def make_scaler(args):
     """fp16's gradient scaler. In bf16 and fp32 it only skips steps whose gradient is not finite,
-    without a wait for the device. A scale below 1 means an error: these start at 1, and a single
-    skip lowers it; fp16 starts at 65536, and adapts by a few skips."""
+    without a wait for the device. Meter.read takes a scale below 1 for an error: here it starts at
+    1, so one skip is enough; fp16's starts at 65536, and adapts by a few skips."""
     options = {} if args.amp == "fp16" else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
     return torch.amp.GradScaler(args.device.type, **options)
 
@@ -565,7 +566,7 @@ def autocast(args):
 def wrap(model, teacher, args):
     """Model and teacher as the loop calls them: compiled on CUDA or if asked, and in DDP."""
     if args.compile or (args.compile is None and args.device.type == "cuda"):
-        # einops remembers a type of tensors at first sight, which would break a trace
+        # einops caches a type of tensors at first use, which would break the graph
         rearrange(next(model.parameters()), "... -> ...")
         model = torch.compile(model)
         teacher = None if teacher is None else torch.compile(teacher)
@@ -812,8 +813,8 @@ class Meter:
 
     def read(self, done, schedule, scaler, data):
         """A line of the log, of the steps up to `done`. Here the host waits for the device. Raises
-        UsageError if a loss or norm is not finite: no step was taken with it. But norms need not be
-        while the scale adapts, see make_scaler; grad_norm is the others' median."""
+        UsageError if a loss or norm is not finite: no step was taken with it. But in fp16 norms may
+        be infinite while the scale adapts (make_scaler); grad_norm is the others' median."""
         steps = torch.stack(self.steps).tolist()
         seconds = perf_counter() - self.since
         table = torch.tensor(gather(steps)).permute(1, 2, 0)  # of steps, loss or norm, ranks
@@ -876,8 +877,8 @@ def run(args, out):
     note(out, log[:-1], "w")
     report()
     wrapped, observe = wrap(model, teacher, args)
-    width = 2 * len(model.student.blocks)  # of noise: drop path's, and the mask's
-    width += prod(model.student.grid) if teacher else 0
+    # of the noise: the mask's, and drop path's for two branches a block
+    width = (prod(model.student.grid) if teacher else 0) + 2 * len(model.student.blocks)
     stream, meter = loader(data, schedule.batches(first), args), Meter()
     bar = progress(range(first, schedule.steps), initial=first, total=schedule.steps)
     for step in bar:
@@ -889,11 +890,11 @@ def run(args, out):
             if mix:
                 torch.default_generator.manual_seed(seed_of(args.seed, "mix", step, RANK, part))
                 images, labels = mix(images / 255, labels)
-            # DDP's alone: ranks exchange gradients once
+            # read by DDP: ranks exchange gradients once a step
             wrapped.require_backward_grad_sync = part + 1 == schedule.parts
             loss = loss_of(wrapped, observe, images, labels, noise, args)
             loss = loss * (len(images) / schedule.share)  # the last part may be smaller
-            # 0·inf = NaN: no rank takes a step with a loss that is not finite
+            # 0·inf = NaN: a loss that is not finite makes all ranks' gradients NaN, and all skip
             scaler.scale(loss * (1 + 0 * loss.detach())).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimiser)
