@@ -367,8 +367,7 @@ def test_each_network_is_one_graph_compiled_once(kind):
     ("vit_small_r26_s32_224", "no plain ViT"), ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
     ("vit_base_patch16_xp_224", "no plain softmax"),
     ("vit_small_patch16_dinov3 num_kv_groups", "no plain softmax"),  # heads that share keys
-    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
-])
+    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query")])
 def test_a_network_that_cannot_teach_is_refused(name, says):
     name, *numbers = name.split()
     with torch.device("meta"):
@@ -589,8 +588,7 @@ FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "wrapped": (lambda s: dict(state_dict=dict(module=named("_orig_mod.student.encoder.", s))), ""),
     "before 2020": (lambda s: dict(BESIDE, model=s), "args rest"),
     "trainable": (lambda s: {0: 1, "model": {k: torch.nn.Parameter(x) for k, x in s.items()}}, "0"),
-    "safetensors": (lambda s: s, ""),
-}
+    "safetensors": (lambda s: s, "")}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -634,8 +632,7 @@ def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
     (lambda s: {"conv1.weight": X, 0: X}, 'it holds conv1.weight, 0; .*Missing key.*"cls_token"'),
     (lambda s: shaken(small_vit(image_size=(12, 20))).state_dict(), r"for pos_embed.*16, 8\]"),
     (lambda s: named("vit.embeddings.", s), "vit.embeddings.cls_token.*Hugging Face"),
-    (lambda s: {"conv_proj.weight": X}, "it holds conv_proj.weight.*torchvision"),
-])
+    (lambda s: {"conv_proj.weight": X}, "it holds conv_proj.weight.*torchvision")])
 def test_differences_to_another_architecture_are_named(tmp_path, change, says):
     torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
     with pytest.raises(ma.UsageError, match=f"file.pt does not fit the encoder: .*{says}") as error:
@@ -655,8 +652,7 @@ def damaged(file):
     ("text.pt", lambda f: Path(f).write_text("no weights"), "."),
     ("text.safetensors", lambda f: Path(f).write_text("no weights"), "."),
     ("empty.pt", lambda f: Path(f).touch(), "."), ("missing.pt", lambda f: None, "No such file"),
-    ("missing.safetensors", lambda f: None, "No such file"),
-])
+    ("missing.safetensors", lambda f: None, "No such file")])
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_file_without_weights_is_one_line(tmp_path, monkeypatch, name, write, says):
     monkeypatch.chdir(tmp_path)
@@ -729,8 +725,7 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
         ma.load_teacher("vit_base_patch16_clip_224.openai", levels=1)
 
 
-@pytest.mark.parametrize("name, weights, says", [
-    ("ViT-test-14", "", "not read"),
+@pytest.mark.parametrize("name, weights, says", [("ViT-test-14", "", "not read"),
     ("ViT-B-16-quickgellu", None, "no plain ViT"), ("resnet18", None, "a ResNet cannot teach"),
     ("RN50", None, "RN50 cannot teach"), ("ViT-B-16-SigLIP", None, "SigLIP cannot teach"),
     ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
@@ -739,8 +734,7 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
     ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
     ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
     ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
-    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download"),
-])
+    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download")])
 @pytest.mark.filterwarnings("ignore:teacher .* has random weights")
 def test_a_teacher_that_fails_is_one_line(monkeypatch, capsys, caplog, name, weights, says):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -1011,13 +1005,12 @@ def state(out):
 
 # --- Recipes and command line --------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv, expected", [
+@pytest.mark.parametrize("argv, expected", [("", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3)),
     ("--data x", (200, 1024, 1.5e-4, 1e-5, 20, 0.05, 0.1, 1, 20, 5)),
     ("--data digits_photos --task finetune", (100, 1024, 3e-4, 1e-6, 5, 0.05, 0.2, 0.55, 1, 5)),
     ("--data x --task probe", (90, 16384, 0.025, 0, 10, 0, 0, 1, 1, 5)),
     ("--data x --epochs 20 --blr 0 --min-lr 0 --weight-decay 0 --drop-path 0 --layer-decay 0 "
      "--eval-every 0 --mask-ratio 0.7", (20, 1024, 0, 0, 20, 0, 0, 0, 0, 5)),
-    ("", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3)),
     ("--data digits:7 --task finetune --epochs 0.05",  # less than its warm-up
      (0.05, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3))])
 def test_recipes_are_the_papers(argv, expected):
@@ -1050,7 +1043,7 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     ("--data /nowhere --epochs 30", "/nowhere"), ("--teacher nope", "nope"),
     ("--student nope", "nope"), ("--mask-ratio 0.999", "0.999"), ("--mask-ratio 1.01", "1.01"),
     ("--levels 9", "levels"), ("--levels x", "--levels"), ("--levels 0", "--levels"),
-    ("--teacher ViT-B-16 --teacher-weights openai", "quickgelu"),
+    ("--teacher ViT-B-16 --teacher-weights openai", "quickgelu"), ("--image-size 0", "0"),
     ("--teacher RN50 --teacher-weights random", "RN50"), ("--layer-decay 1.5", "--layer-decay"),
     ("--batch-size 0", "--batch-size"), ("--micro-batch 0", "--micro-batch"),
     ("--save-every 0", "--save-every"), ("--epochs inf", "--epochs"), ("--blr nan", "--blr"),
@@ -1058,14 +1051,13 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     ("--seed -1", "--seed"), ("--data digits:0", "digits:0"), ("--data digits:x", "digits:x"),
     ("--data digits:10000000000", "digits:10000000000"), ("--device gpu", "gpu"),
     ("--drop-path 1", "--drop-path"), ("--mask none", "--mask"), ("--task both", "--task"),
-    ("--nonsense", "nonsense"), ("--image-size 30", "30"), ("--image-size 0", "0"),
     ("--image-size large", "large"), ("--init=", "empty"), ("--teacher-weights=", "empty"),
     ("--out=", "empty"), ("--init /nowhere.pt", "/nowhere.pt"), (f"--out {__file__}/out", __file__),
     ("--data digits_of_mine --teacher-weights pretrained --epochs 30", "no such folder"),
-    ("--data x --epochs 5 --warmup-epochs 5.5", "--epochs"),
+    ("--data x --epochs 5 --warmup-epochs 5.5", "--epochs"), ("--nonsense", "nonsense"),
     ("--data x --task probe --epochs 5", "--warmup-epochs"),
     ("--task probe --micro-batch 1", "--micro-batch"), ("--task probe --batch-size 1", "BatchNorm"),
-    ("--task probe --batch-size 13 --micro-batch 4", "--micro-batch"),
+    ("--task probe --batch-size 13 --micro-batch 4", "--micro-batch"), ("--image-size 30", "30"),
     *[pytest.param(f"--device {name}", name, marks=pytest.mark.skipif(there, reason="is there"))
       for name, there in (("cuda", torch.cuda.is_available()),
                           ("mps", torch.backends.mps.is_available()))]])
@@ -1163,8 +1155,7 @@ def test_classes_are_the_folders_in_train(tmp_path, capsys, files, classes, bank
 @pytest.mark.parametrize("files, more, says", [
     ("train/a/0.png train/b/1.png val/new/2.png", {}, "new"),
     ("train/a/0.png train/b/1.png val/2.png", {}, "val"),  # flat, as from Kaggle
-    ("train/a/0.png train/b/1.png val/a/x.txt", {}, "val"),
-    ("x.heic", {}, "no image"),
+    ("train/a/0.png train/b/1.png val/a/x.txt", {}, "val"), ("x.heic", {}, "no image"),
     ("train/animals/cat/0.png train/animals/dog/1.png", dict(task="finetune"), "animals"),
     ("train/animals/cat/0.png train/animals/dog/1.png", dict(task="probe"), "animals"),
     ("0.png 1.png", dict(task="probe"), "two class folders"),
@@ -1619,8 +1610,7 @@ def test_no_epochs_evaluate_alone(tmp_path, painted, task):
         [record] = map(json.loads, (tmp_path / f"{i}" / "log.jsonl").read_text().splitlines())
         for key in {"knn", "top1", "top5"} & run.record.keys():
             assert record[key] == run.record[key]
-    argv = on_folder(painted, tmp_path / "run", task=task, epochs=0)
-    main(*argv)
+    main(*on_folder(painted, tmp_path / "run", task=task, epochs=0))
     assert logged(tmp_path / "run")[-1] == 0
     assert before == (tmp_path / "run" / "last.pt").read_bytes()
 
@@ -1639,8 +1629,7 @@ def test_nothing_to_evaluate_ends_in_one_line(tmp_path, finished, files, options
 
 def test_a_classifier_can_start_another_with_its_head(tmp_path, painted, finished, capsys):
     out = finished["probe"].out
-    argv = one_step(painted, tmp_path, task="probe", init=out / "classifier.pt", blr=1e-12)
-    begun = trained(*argv)
+    begun = trained(*one_step(painted, tmp_path, task="probe", init=out / "classifier.pt", blr=0))
     assert "its head is used" in capsys.readouterr().out
     same(begun.model.head.state_dict(), last(out)["head"], atol=1e-6)
 
@@ -1675,8 +1664,7 @@ def test_ranks_share_knn_and_none_holds_the_whole_bank():
         assert int(seen) <= 67 + 11 and int(sent) <= 11 * 2000
 
 
-@pytest.mark.parametrize("task, name, options", [
-    ("pretrain", "student.pt", dict(num_classes=0)),
+@pytest.mark.parametrize("task, name, options", [("pretrain", "student.pt", dict(num_classes=0)),
     ("finetune", "classifier.pt", dict(num_classes=2, global_pool="avg"))])
 def test_files_load_strictly_into_timm_and_are_the_model(tmp_path, painted, task, name, options):
     run = trained(*on_folder(painted, tmp_path, task=task, blr=0.01, epochs=2))
@@ -1934,9 +1922,8 @@ def finished(tmp_path_factory, painted):
         ("--seed", 1, 0), ("--levels", 2, 3), ("--mask", "random", "attentive"),
         ("--mask-ratio", 0.6, 0.7), ("--batch-size", 6, 12), ("--blr", 1, 0.00015),
         ("--min-lr", 1, 1e-5), ("--warmup-epochs", 0, 0.4), ("--weight-decay", 0, 0.05),
-        ("--drop-path", 0, 0.1), ("--layer-decay", 0.5, 1),
-        ("--amp", "bf16", "off"), ("--task", "probe", "pretrain"), ("--epochs", 0.5, 1),
-        ("--image-size", 32, "(32, 32)"))),
+        ("--drop-path", 0, 0.1), ("--layer-decay", 0.5, 1), ("--image-size", 32, "(32, 32)"),
+        ("--amp", "bf16", "off"), ("--task", "probe", "pretrain"), ("--epochs", 0.5, 1))),
     (lambda path: touch(path.parents[1] / "data", "train/a/new.png"), (), ["--data", "36", "37"]),
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), (), ["last.pt"]),
     (lambda path: path.write_bytes(b""), (), ["last.pt"]),
@@ -2153,8 +2140,7 @@ def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped
             if skipped(len(heads)):
                 output.register_hook(lambda grad: grad + math.inf)
             heads.append([x.detach().clone() for x in module.parameters()][-1])
-    for kind in ("MaskAlign", "Classifier"):
-        hooks.after(kind)(overflow)
+    hooks.after("MaskAlign")(overflow), hooks.after("Classifier")(overflow)
     argv = on_folder(painted, tmp_path, task=task, amp="fp16", batch_size=4, epochs=3)
     if all_skipped := skipped(2) and skipped(3):
         assert "non-finite" in refused(*argv)
