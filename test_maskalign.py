@@ -868,10 +868,10 @@ after_step(note)
 """
 
 
-def signalled(step, name="SIGKILL", rank="any"):
+def signalled(step, name="SIGKILL", rank="any", times=1):
     return at_step(step, f"""
         if {rank!r} in ("any", int(os.environ.get("RANK", 0))):
-            os.kill(os.getpid(), signal.{name})""")
+            [os.kill(os.getpid(), signal.{name}) for _ in range({times})]""")
 
 
 @pytest.fixture
@@ -1801,9 +1801,8 @@ CUTS = {  # task, ranks, ranks that go on; what happens, the exit code, and the 
     "two killed, one goes on": ("pretrain", 2, 1, signalled(7), -9, 5),
     "killed probe": ("probe", 2, 2, signalled(7), -9, 5),
     "Ctrl-C": ("pretrain", 1, 1, signalled(7, "SIGINT"), 130, 7),
-    "Ctrl-C twice": ("pretrain", 1, 1, at_step(
-        7, "for _ in '12': os.kill(os.getpid(), signal.SIGINT)"), 130, 5),
-    "terminated": ("probe", 1, 1, signalled(7, "SIGTERM"), 143, 7),
+    "Ctrl-C twice": ("pretrain", 1, 1, signalled(7, "SIGINT", times=2), 130, 5),
+    "terminated twice": ("probe", 1, 1, signalled(7, "SIGTERM", times=2), 143, 7),
     "one rank of two signalled": ("pretrain", 2, 2, signalled(7, "SIGUSR1", rank=1), 138, 10),
     "at the beginning": ("pretrain", 1, 1, terminated("True"), 143, 0),
     "in evaluation": ("pretrain", 1, 1, terminated(
