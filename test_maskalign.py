@@ -1034,7 +1034,7 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     monkeypatch.setattr(train, "__doc__", train.__doc__.replace("1.5e-4", "7e-4  "))
     assert parse("--data", "x").blr == 7e-4
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for ranks in (1, 2, 100):
+    for ranks in (0.01, 1, 2, 100):  # the first is as if there were 100 times the CPUs
         monkeypatch.setattr(train, "LOCAL_WORLD", ranks)
         assert parse("--data", "x").workers == max(1, min(16, cpus // ranks))
 
