@@ -1531,15 +1531,15 @@ def test_knn_is_the_vote_by_loops():
         x = images.float().flatten(2)
         x[:, 0] = 3 * (255 - x[:, 1])
         return [x.sqrt(), x]
-    bank, val = (train.Digits(count, (32, 32), count, True) for count in (200, 300))
+    bank, val = (train.Digits(count, (32, 32), count, True) for count in (240, 410))
     right = 0
     for i, row in enumerate((features(encoder, val) @ features(encoder, bank).T).tolist()):
         votes = [0] * 10
-        for j in sorted(range(200), key=lambda j: -row[j])[:20]:
+        for j in sorted(range(240), key=lambda j: -row[j])[:20]:
             votes[j % 10] += math.exp(row[j] / 0.07)
         right += votes.index(max(votes)) == i % 10
     found = train.knn(encoder, bank, val, parse("--workers", 0, "--device", "cpu"))
-    assert found == pytest.approx(100 * right / 300)
+    assert found == pytest.approx(100 * right / 410)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -1550,6 +1550,7 @@ def test_knn_votes_in_fp32_at_any_precision_and_shows_a_bar(tmp_path, painted, m
     main(*one_step(painted, tmp_path, amp=amp, micro_batch=4))
     assert {arguments[0].dtype for arguments, _ in nearest + votes} == {torch.float32}
     assert {9, 2} <= {options["total"] for _, options in bars if not options["disable"]}  # by 4
+    assert (4, 36) in {arguments[0].shape for arguments, _ in nearest}  # val, and train's
 
 
 def test_mutual_knn_is_the_overlap_by_loops():
@@ -1563,19 +1564,21 @@ def test_mutual_knn_is_the_overlap_by_loops():
                      for i, row in enumerate((x @ x.T).tolist())])
     expected = 100 * sum(len(a & b) for a, b in zip(*near)) / (51 * 20)
     args = parse(*flags(workers=0, device="cpu", micro_batch=7))
-    both = lambda images: (teacher(images), None)
+    seen, both = [], lambda images: (seen.append(len(images)) or teacher(images), None)
     assert train.mutual_knn(student, both, source, args) == pytest.approx(expected, abs=0.2)
-    assert train.mutual_knn(teacher, both, source, args) == 100 and 41 < expected < 90
+    several = [train.Digits(count, (32, 32), 1, True) for count in (1, 51, 2001)]
+    assert [train.mutual_knn(teacher, both, each, args) for each in several] == [0, 100, 100]
+    assert 41 < expected < 90 and sum(seen) == 51 + 1 + 51 + 1001  # every second of 2001
 
 
 @given(st.integers(0, 99))
 def test_components_are_uncorrelated_and_agree_in_sign(seed):
     torch.manual_seed(seed)
-    tokens = torch.randn(2, 30, 7) * torch.tensor([9, 7, 5, 1, 1, 1, 1.0])
+    tokens = torch.randn(2, 30, 7) * torch.tensor([9, 7, 5, 1, 1, 1, 1.0]) + torch.arange(7)
     mine = train.components(tokens)
-    same(mine.flatten(0, 1).T @ mine.flatten(0, 1) / 59, torch.eye(3), atol=1e-3)
-    like = mine * torch.tensor([-1.0, 1, -1]) + 0.1 * torch.randn(2, 30, 3)
-    same(train.components(tokens, like=like), mine * torch.tensor([-1.0, 1, -1]), atol=1e-5)
+    same(mine.flatten(0, 1).T.cov(), torch.eye(3), atol=1e-3)
+    turned, scaled = mine * torch.tensor([-1.0, 1, -1]), tokens * (1 + torch.rand(2, 30, 1))
+    same(train.components(scaled, like=turned + 0.1 * torch.randn(2, 30, 3)), turned, atol=1e-3)
 
 
 def test_look_shows_image_attention_mask_and_components(tmp_path, painted):
@@ -1599,8 +1602,8 @@ def test_look_shows_image_attention_mask_and_components(tmp_path, painted):
     same(light[:, 0, ::4, ::4], attention / attention.amax((1, 2), keepdim=True), atol=1e-6)
     expected = train.components(run.teacher(images)[0][-1][:, 1:])
     same(theirs[:, :, ::4, ::4].flatten(2).mT, (0.5 + expected / 4).clamp(0, 1), atol=1e-5)
-    mine = 4 * (mine[:, :, ::4, ::4].flatten(2).mT - 0.5)  # but for what is clamped
-    assert ((mine * expected).mean((0, 1)) > 0).all()
+    expected = train.components(run.model.student(images)[-1][:, 1:], like=expected)
+    same(mine[:, :, ::4, ::4].flatten(2).mT, (0.5 + expected / 4).clamp(0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "probe"])
@@ -1713,18 +1716,19 @@ def test_ranks_share_an_evaluation_in_which_each_image_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize("every, saves, steps", [
-    (2, 1, [6, 9]), (2, 4, [8, 9]), (0.5, 1, [2, 3, 5, 6, 8, 9]), (100, 1, [9])])
+    (2, 1, [6, 12]), (2, 4, [8, 12]), (0.5, 1, [2, 3, 5, 6, 8, 9, 11, 12]), (0, 1, [12]),
+    (3, 4, [10, 12])])
 def test_evaluation_is_due_every_so_many_epochs(tmp_path, painted, hooks, every, saves, steps):
-    """Of 3 steps, at the next line of the log, and at the end; training goes on as before."""
+    """Of 3 steps, at the next line of the log, and at the end; of what is saved already."""
     modes, evaluated = [], []
     hooks.before("MaskAlign")(lambda module, _: modes.append(module.training))
-    hooks.before("ViT")(lambda module, _: evaluated.append(module.training)
-                        if module.cls_token.requires_grad else None)
-    main(*on_folder(painted, tmp_path, eval_every=every, save_every=saves, epochs=3))
+    hooks.before("ViT")(lambda module, _: module.cls_token.requires_grad and evaluated.append(
+        saved(tmp_path) if not (module.training or torch.is_grad_enabled()) else "trained") or None)
+    main(*on_folder(painted, tmp_path, eval_every=every, save_every=saves, epochs=4))
     records = zip(logged(tmp_path), logged(tmp_path, "knn"))
     assert [step for step, knn in records if knn is not None] == steps
-    assert modes == [True] * 9 and evaluated.count(True) == 9
-    assert evaluated.count(False) >= 2 * len(steps)  # bank and val
+    assert modes == [True] * 12 and {*evaluated} == {"trained", *steps}
+    assert len(evaluated) - 2 * len(steps) >= evaluated.count("trained") == 12  # bank and val
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
