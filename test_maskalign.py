@@ -2120,12 +2120,12 @@ torch.nn.modules.module.register_module_forward_hook(spoil)
 """
 
 
-@pytest.mark.parametrize("ranks, how", [
-    (1, "return output + float('inf')"),  # though the gradient would be finite
-    (1, "output.register_hook(lambda grad: grad * float('nan'))"),  # though the loss is
-    (2, "return output + float('inf')")])
-def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, how):
-    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3, workers=2 - ranks)
+@pytest.mark.parametrize("ranks, amp, how", [
+    (1, "off", "return output + float('inf')"),  # though the gradient would be finite
+    (1, "bf16", "output.register_hook(lambda grad: grad * float('nan'))"),  # though the loss is
+    (2, "off", "return output + float('inf')")])
+def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, amp, how):
+    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3, workers=2 - ranks, amp=amp)
     for done in run(*argv, ranks=ranks, code=2, first=spoilt(how, ranks - 1)):  # ends its workers
         error = one_line(done.err)
         assert "step 3" in error and f"rank {ranks - 1}" in error
@@ -2136,10 +2136,11 @@ def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, how)
     seen = re.findall(r"\d+", "".join(re.findall("seen(.*)", done.out)))
     assert sorted(seen) == sorted(re.findall(r"(\d+)\.png", error)) and len(seen) == 12 // ranks
     assert saved(tmp_path) == 2 and logged(tmp_path) == [2]
+    assert last(tmp_path)["scaler"]["growth_interval"] > 1e9
 
 
 @pytest.mark.parametrize("task, skipped", [
-    ("pretrain", lambda step: step % 2), ("probe", lambda step: step == 0),
+    ("pretrain", lambda step: step % 4 == 1 or 9 < step < 20), ("probe", lambda step: step == 0),
     ("pretrain", lambda step: step > 1)], ids=["half", "first", "all"])
 def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped):
     """Gradients may overflow while its scale adapts: such a step is not taken, and no error; its
@@ -2160,7 +2161,7 @@ def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped
     assert [torch.equal(a, b) for a, b in zip(heads, heads[1:])] == [
         bool(skipped(step)) for step in range(len(heads) - 1)]
     assert saved(tmp_path) == (0 if all_skipped else 27)
-    assert all(0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
+    assert all(0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm") if norm)
     content = last(tmp_path)
     assert all(x.isfinite().all() for part in ("student", "align", "head") if part in content
                for x in content[part].values())
