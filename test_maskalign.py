@@ -368,8 +368,7 @@ def test_each_network_is_one_graph_compiled_once(kind):
     ("vit_small_r26_s32_224", "no plain ViT"), ("vit_relpos_base_patch16_cls_224", "no plain ViT"),
     ("vit_base_patch16_xp_224", "no plain softmax"),
     ("vit_small_patch16_dinov3 num_kv_groups", "no plain softmax"),  # heads that share keys
-    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query"),
-])
+    ("vit_base_patch16_rope_reg1_gap_256", "no .CLS. and no pooling query")])
 def test_a_network_that_cannot_teach_is_refused(name, says):
     name, *numbers = name.split()
     with torch.device("meta"):
@@ -590,8 +589,7 @@ FORMATS = {  # how a checkpoint holds an encoder's state s, and what else
     "wrapped": (lambda s: dict(state_dict=dict(module=named("_orig_mod.student.encoder.", s))), ""),
     "before 2020": (lambda s: dict(BESIDE, model=s), "args rest"),
     "trainable": (lambda s: {0: 1, "model": {k: torch.nn.Parameter(x) for k, x in s.items()}}, "0"),
-    "safetensors": (lambda s: s, ""),
-}
+    "safetensors": (lambda s: s, "")}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -635,8 +633,7 @@ def test_positions_are_resampled_to_the_grid(tmp_path, old, new, noise):
     (lambda s: {"conv1.weight": X, 0: X}, 'it holds conv1.weight, 0; .*Missing key.*"cls_token"'),
     (lambda s: shaken(small_vit(image_size=(12, 20))).state_dict(), r"for pos_embed.*16, 8\]"),
     (lambda s: named("vit.embeddings.", s), "vit.embeddings.cls_token.*Hugging Face"),
-    (lambda s: {"conv_proj.weight": X}, "it holds conv_proj.weight.*torchvision"),
-])
+    (lambda s: {"conv_proj.weight": X}, "it holds conv_proj.weight.*torchvision")])
 def test_differences_to_another_architecture_are_named(tmp_path, change, says):
     torch.save(change(small_vit().state_dict()), tmp_path / "file.pt")
     with pytest.raises(ma.UsageError, match=f"file.pt does not fit the encoder: .*{says}") as error:
@@ -656,8 +653,7 @@ def damaged(file):
     ("text.pt", lambda f: Path(f).write_text("no weights"), "."),
     ("text.safetensors", lambda f: Path(f).write_text("no weights"), "."),
     ("empty.pt", lambda f: Path(f).touch(), "."), ("missing.pt", lambda f: None, "No such file"),
-    ("missing.safetensors", lambda f: None, "No such file"),
-])
+    ("missing.safetensors", lambda f: None, "No such file")])
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_file_without_weights_is_one_line(tmp_path, monkeypatch, name, write, says):
     monkeypatch.chdir(tmp_path)
@@ -730,8 +726,7 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
         ma.load_teacher("vit_base_patch16_clip_224.openai", levels=1)
 
 
-@pytest.mark.parametrize("name, weights, says", [
-    ("ViT-test-14", "", "not read"),
+@pytest.mark.parametrize("name, weights, says", [("ViT-test-14", "", "not read"),
     ("ViT-B-16-quickgellu", None, "no plain ViT"), ("resnet18", None, "a ResNet cannot teach"),
     ("RN50", None, "RN50 cannot teach"), ("ViT-B-16-SigLIP", None, "SigLIP cannot teach"),
     ("ViT-B-16", "openai", "openai and ViT-B-16 differ in QuickGELU"),
@@ -740,8 +735,7 @@ def test_timms_openai_clip_is_refused_without_quickgelu(asked):
     ("vit_tiny_patch16_224", "pretrained", "teacher vit_tiny_patch16_224 .*--teacher-weights FILE"),
     ("ViT-B-16-quickgelu", "pretrained", "--teacher-weights FILE needs no download: .*openai"),
     ("hf-hub:nobody/nothing", "pretrained", "--teacher-weights FILE needs no download"),
-    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download"),
-])
+    ("local-dir:missing", "pretrained", "--teacher-weights FILE needs no download")])
 @pytest.mark.filterwarnings("ignore:teacher .* has random weights")
 def test_a_teacher_that_fails_is_one_line(monkeypatch, capsys, caplog, name, weights, says):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -875,10 +869,10 @@ after_step(note)
 """
 
 
-def signalled(step, name="SIGKILL", rank="any"):
+def signalled(step, name="SIGKILL", rank="any", times=1):
     return at_step(step, f"""
         if {rank!r} in ("any", int(os.environ.get("RANK", 0))):
-            os.kill(os.getpid(), signal.{name})""")
+            [os.kill(os.getpid(), signal.{name}) for _ in range({times})]""")
 
 
 @pytest.fixture
@@ -1012,13 +1006,12 @@ def state(out):
 
 # --- Recipes and command line --------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv, expected", [
+@pytest.mark.parametrize("argv, expected", [("", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3)),
     ("--data x", (200, 1024, 1.5e-4, 1e-5, 20, 0.05, 0.1, 1, 20, 5)),
     ("--data digits_photos --task finetune", (100, 1024, 3e-4, 1e-6, 5, 0.05, 0.2, 0.55, 1, 5)),
     ("--data x --task probe", (90, 16384, 0.025, 0, 10, 0, 0, 1, 1, 5)),
     ("--data x --epochs 20 --blr 0 --min-lr 0 --weight-decay 0 --drop-path 0 --layer-decay 0 "
      "--eval-every 0 --mask-ratio 0.7", (20, 1024, 0, 0, 20, 0, 0, 0, 0, 5)),
-    ("", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3)),
     ("--data digits:7 --task finetune --epochs 0.05",  # less than its warm-up
      (0.05, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3))])
 def test_recipes_are_the_papers(argv, expected):
@@ -1042,7 +1035,7 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     monkeypatch.setattr(train, "__doc__", train.__doc__.replace("1.5e-4", "7e-4  "))
     assert parse("--data", "x").blr == 7e-4
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for ranks in (1, 2, 100):
+    for ranks in (0.01, 1, 2, 100):  # the first is as if there were 100 times the CPUs
         monkeypatch.setattr(train, "LOCAL_WORLD", ranks)
         assert parse("--data", "x").workers == max(1, min(16, cpus // ranks))
 
@@ -1051,7 +1044,7 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     ("--data /nowhere --epochs 30", "/nowhere"), ("--teacher nope", "nope"),
     ("--student nope", "nope"), ("--mask-ratio 0.999", "0.999"), ("--mask-ratio 1.01", "1.01"),
     ("--levels 9", "levels"), ("--levels x", "--levels"), ("--levels 0", "--levels"),
-    ("--teacher ViT-B-16 --teacher-weights openai", "quickgelu"),
+    ("--teacher ViT-B-16 --teacher-weights openai", "quickgelu"), ("--image-size 0", "0"),
     ("--teacher RN50 --teacher-weights random", "RN50"), ("--layer-decay 1.5", "--layer-decay"),
     ("--batch-size 0", "--batch-size"), ("--micro-batch 0", "--micro-batch"),
     ("--save-every 0", "--save-every"), ("--epochs inf", "--epochs"), ("--blr nan", "--blr"),
@@ -1059,14 +1052,13 @@ def test_help_lists_every_flag_and_default_and_is_what_is_parsed(capsys, monkeyp
     ("--seed -1", "--seed"), ("--data digits:0", "digits:0"), ("--data digits:x", "digits:x"),
     ("--data digits:10000000000", "digits:10000000000"), ("--device gpu", "gpu"),
     ("--drop-path 1", "--drop-path"), ("--mask none", "--mask"), ("--task both", "--task"),
-    ("--nonsense", "nonsense"), ("--image-size 30", "30"), ("--image-size 0", "0"),
     ("--image-size large", "large"), ("--init=", "empty"), ("--teacher-weights=", "empty"),
     ("--out=", "empty"), ("--init /nowhere.pt", "/nowhere.pt"), (f"--out {__file__}/out", __file__),
     ("--data digits_of_mine --teacher-weights pretrained --epochs 30", "no such folder"),
-    ("--data x --epochs 5 --warmup-epochs 5.5", "--epochs"),
+    ("--data x --epochs 5 --warmup-epochs 5.5", "--epochs"), ("--nonsense", "nonsense"),
     ("--data x --task probe --epochs 5", "--warmup-epochs"),
     ("--task probe --micro-batch 1", "--micro-batch"), ("--task probe --batch-size 1", "BatchNorm"),
-    ("--task probe --batch-size 13 --micro-batch 4", "--micro-batch"),
+    ("--task probe --batch-size 13 --micro-batch 4", "--micro-batch"), ("--image-size 30", "30"),
     *[pytest.param(f"--device {name}", name, marks=pytest.mark.skipif(there, reason="is there"))
       for name, there in (("cuda", torch.cuda.is_available()),
                           ("mps", torch.backends.mps.is_available()))]])
@@ -1158,14 +1150,13 @@ def test_classes_are_the_folders_in_train(tmp_path, capsys, files, classes, bank
     assert f"{other} files of other kinds" in (capsys.readouterr().out or "0 files of other kinds")
     assert data.classes == classes and set(numbers(data)) <= set(bank) and len(data) == len(bank)
     assert [source and numbers(source) for source in others] == [bank, val]
-    assert isinstance(data.names, numpy.ndarray)  # which forked workers share, and not a list
+    assert data.names.tolist() == sorted(data.names)  # an array, which forked workers share
 
 
 @pytest.mark.parametrize("files, more, says", [
     ("train/a/0.png train/b/1.png val/new/2.png", {}, "new"),
     ("train/a/0.png train/b/1.png val/2.png", {}, "val"),  # flat, as from Kaggle
-    ("train/a/0.png train/b/1.png val/a/x.txt", {}, "val"),
-    ("x.heic", {}, "no image"),
+    ("train/a/0.png train/b/1.png val/a/x.txt", {}, "val"), ("x.heic", {}, "no image"),
     ("train/animals/cat/0.png train/animals/dog/1.png", dict(task="finetune"), "animals"),
     ("train/animals/cat/0.png train/animals/dog/1.png", dict(task="probe"), "animals"),
     ("0.png 1.png", dict(task="probe"), "two class folders"),
@@ -1234,6 +1225,7 @@ BROKEN = ("text.jpg", "truncated.jpg", "gone.jpg", "bomb.png")
     ("alpha.png", (250, 10, 10), (255, 255, 255)), ("float.tif", [255] * 3, [0] * 3),
     ("wide.tif", [255] * 3, [85] * 3), ("grey16.png imagej.tif", [233] * 3, [78] * 3)])
 def test_images_are_read_as_a_viewer_shows_them(zoo, tmp_path, names, left, right):
+    assert [train.as_seen(Image.new(m, (1, 1))).getextrema()[0][0] for m in ("F", "LA")] == [0, 255]
     for name in names.split():
         shutil.copy(zoo / name, tmp_path)
     images = sources(tmp_path)[1][[(0, i) for i in range(len(names.split()))]][0]
@@ -1242,9 +1234,9 @@ def test_images_are_read_as_a_viewer_shows_them(zoo, tmp_path, names, left, righ
         same(image[:, 16, [3, 28]].float(), torch.tensor([left, right]).T.float(), atol=off or 0.1)
 
 
-def test_unreadable_files_are_named_once_and_replaced(zoo, tmp_path, capsys):
-    main(*on_folder(zoo, tmp_path, batch_size=11, epochs=2))
-    said = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+def test_unreadable_files_are_named_once_and_replaced(zoo, tmp_path, capfd):
+    main(*on_folder(zoo, tmp_path, batch_size=11, epochs=2, workers=1))
+    said = [line for line in capfd.readouterr().err.splitlines() if "unreadable" in line]
     named = sorted(name for line in said for name in BROKEN if name in line)
     assert named == sorted(BROKEN * 2)  # in training and in evaluation
     assert len(said) == len(named)  # the folder x.jpg is no image
@@ -1269,7 +1261,7 @@ def test_a_line_is_cropped_before_it_is_resized(tmp_path, monkeypatch):
     sizes = spy(monkeypatch, Image.Image, "resize")
     for source in sources(tmp_path, (224, 224))[:2]:
         assert source[[(0, 0), (0, 1), (1, 0), (1, 1)]][0].shape == (4, 3, 224, 224)
-    assert sizes and all(arguments[1] == (224, 224) for arguments, _ in sizes)
+    assert sizes and all(how[1:3] == ((224, 224), Image.BICUBIC) for how, _ in sizes)
 
 
 def ramps(file, size=(120, 90)):
@@ -1308,6 +1300,7 @@ def test_fine_tuning_augments_more(tmp_path):
     assert 0.2 < (mean > 0.02).float().mean() < 0.7 and (images.sum(1) == 0).float().mean() < 0.01
     crop, _, rand, erase = sources(tmp_path, task="finetune")[0].augment.transforms[1:]
     assert crop.scale == (0.08, 1) and (rand.num_ops, rand.magnitude, erase.p) == (2, 9, 0.25)
+    assert (crop.interpolation, rand.interpolation) == (Image.BICUBIC, Image.BILINEAR)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
@@ -1315,7 +1308,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     alone = {key: data[[key]][0][0] for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
     torch.manual_seed(5)
     same([*data[[*alone][::-1]][0]], [*alone.values()][::-1])
-    assert not torch.equal(alone[0, 0], alone[1, 0])
+    data.names[1] = data.names[0]  # the same picture
+    assert len(data[[*alone]][0].unique(dim=0)) == 4
     assert not torch.equal(alone[0, 0], other[[(0, 0)]][0][0])
     for source in sources(folder)[1:]:  # bank and val are not augmented
         assert torch.equal(source[[(0, 3)]][0], source[[(1, 3)]][0])
@@ -1372,6 +1366,8 @@ def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(tmp_path, pai
     hooks.before("MaskAlign")(lambda module, arguments: seen.append(which(arguments[0])))
     for seed in (1, 2):
         main(*on_folder(painted, tmp_path / str(seed), seed=seed, batch_size=8, epochs=2))
+    assert torch.dist(*(weights(tmp_path / i)["patch_embed.proj.weight"] for i in "12")) > 1
+    assert len({train.Schedule(parse("--seed", i), 9).noise(0, 1)[0][0].item() for i in "12"}) > 1
     images = sum(seen, [])  # twice 9 steps of 8: 2 epochs of 36
     assert [len(part) for part in seen] == [8] * 18
     orders = [tuple(images[at:at + 36]) for at in range(0, 144, 36)]
@@ -1406,7 +1402,8 @@ def gradient(*argv):
     ("folder", dict(micro_batch=16), 1e-5), ("folder", dict(micro_batch=4), 1e-5),
     ("folder", dict(amp="fp16"), 0.05), ("folder", dict(amp="bf16"), 0.05),
     ("digits:96", dict(micro_batch=6), 1e-4)])  # fine-tuned; digits are not mixed
-def test_gradients_are_those_of_the_batch(tmp_path, folder, data, more, off):
+def test_gradients_are_those_of_the_batch(tmp_path, folder, hooks, data, more, off):
+    hooks.before("ViT")(lambda *_: [torch.manual_seed(0)] and None)  # no noise is of torch's seed
     options = dict(task="finetune") if data == "digits:96" else dict(mask="random")
     argv = on_folder(folder if data == "folder" else data, tmp_path / "one", batch_size=23,
                      drop_path=0.3, warmup_epochs=0, **options)
@@ -1486,15 +1483,16 @@ def test_fine_tuning_mixes_and_smooths_and_a_probe_does_not(tmp_path, hooks, mon
     hooks.before("Classifier")(lambda _, arguments: images.append(arguments[0]))
     for task, smoothing in (("probe", 0), ("finetune", 0.1)):
         images.clear(), losses.clear()
-        main(*on_folder(data, tmp_path / task, task=task, epochs=8))
+        main(*on_folder(data, tmp_path / task, task=task, epochs=8, amp="bf16", micro_batch=6))
         labels = [arguments[1] for arguments, _ in losses]
         assert {options.get("label_smoothing", 0) for _, options in losses} == {smoothing}
-        assert {each.dtype for each in labels} == {torch.float32 if smoothing else torch.int64}
+        assert {(logits.dtype, each.dtype) for (logits, each), _ in losses} == {
+            (torch.float32, torch.float32 if smoothing else torch.int64)}
     images, labels = torch.cat(images), torch.cat(labels)
-    assert len(set(labels.flatten().round(decimals=4).tolist())) > 16  # of 16 steps, two each
+    assert len(set(labels.flatten().round(decimals=4).tolist())) > 40  # 16 steps, two parts each
     same(labels.sum(1), torch.ones(192), atol=1e-5)
     mixes = train.mixing(sources(data)[0], parse("--data", data, "--task", "finetune"))
-    assert [mix.alpha for mix in mixes.transforms] == [0.8, 1]  # mixup, cutmix
+    assert [(type(mix), mix.alpha) for mix in mixes.transforms] == [(v2.MixUp, 0.8), (v2.CutMix, 1)]
     mixed, black = (labels[:, 0] - 0.5).abs() < 0.2, images.flatten(1).amax(1) == 0
     assert images.max() <= 1 and black[labels[:, 0] > 0.999].all() and mixed.sum() > 20
     assert black[mixed].float().mean() < 0.25
@@ -1534,15 +1532,15 @@ def test_knn_is_the_vote_by_loops():
         x = images.float().flatten(2)
         x[:, 0] = 3 * (255 - x[:, 1])
         return [x.sqrt(), x]
-    bank, val = (train.Digits(count, (32, 32), count, True) for count in (200, 300))
+    bank, val = (train.Digits(count, (32, 32), count, True) for count in (240, 410))
     right = 0
     for i, row in enumerate((features(encoder, val) @ features(encoder, bank).T).tolist()):
         votes = [0] * 10
-        for j in sorted(range(200), key=lambda j: -row[j])[:20]:
+        for j in sorted(range(240), key=lambda j: -row[j])[:20]:
             votes[j % 10] += math.exp(row[j] / 0.07)
         right += votes.index(max(votes)) == i % 10
     found = train.knn(encoder, bank, val, parse("--workers", 0, "--device", "cpu"))
-    assert found == pytest.approx(100 * right / 300)
+    assert found == pytest.approx(100 * right / 410)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -1553,6 +1551,7 @@ def test_knn_votes_in_fp32_at_any_precision_and_shows_a_bar(tmp_path, painted, m
     main(*one_step(painted, tmp_path, amp=amp, micro_batch=4))
     assert {arguments[0].dtype for arguments, _ in nearest + votes} == {torch.float32}
     assert {9, 2} <= {options["total"] for _, options in bars if not options["disable"]}  # by 4
+    assert (4, 36) in {arguments[0].shape for arguments, _ in nearest}  # val, and train's
 
 
 def test_mutual_knn_is_the_overlap_by_loops():
@@ -1566,19 +1565,21 @@ def test_mutual_knn_is_the_overlap_by_loops():
                      for i, row in enumerate((x @ x.T).tolist())])
     expected = 100 * sum(len(a & b) for a, b in zip(*near)) / (51 * 20)
     args = parse(*flags(workers=0, device="cpu", micro_batch=7))
-    both = lambda images: (teacher(images), None)
+    seen, both = [], lambda images: (seen.append(len(images)) or teacher(images), None)
     assert train.mutual_knn(student, both, source, args) == pytest.approx(expected, abs=0.2)
-    assert train.mutual_knn(teacher, both, source, args) == 100 and 41 < expected < 90
+    several = [train.Digits(count, (32, 32), 1, True) for count in (1, 51, 2001)]
+    assert [train.mutual_knn(teacher, both, each, args) for each in several] == [0, 100, 100]
+    assert 41 < expected < 90 and sum(seen) == 51 + 1 + 51 + 1001  # every second of 2001
 
 
 @given(st.integers(0, 99))
 def test_components_are_uncorrelated_and_agree_in_sign(seed):
     torch.manual_seed(seed)
-    tokens = torch.randn(2, 30, 7) * torch.tensor([9, 7, 5, 1, 1, 1, 1.0])
+    tokens = torch.randn(2, 30, 7) * torch.tensor([9, 7, 5, 1, 1, 1, 1.0]) + torch.arange(7)
     mine = train.components(tokens)
-    same(mine.flatten(0, 1).T @ mine.flatten(0, 1) / 59, torch.eye(3), atol=1e-3)
-    like = mine * torch.tensor([-1.0, 1, -1]) + 0.1 * torch.randn(2, 30, 3)
-    same(train.components(tokens, like=like), mine * torch.tensor([-1.0, 1, -1]), atol=1e-5)
+    same(mine.flatten(0, 1).T.cov(), torch.eye(3), atol=1e-3)
+    turned, scaled = mine * torch.tensor([-1.0, 1, -1]), tokens * (1 + torch.rand(2, 30, 1))
+    same(train.components(scaled, like=turned + 0.1 * torch.randn(2, 30, 3)), turned, atol=1e-3)
 
 
 def test_look_shows_image_attention_mask_and_components(tmp_path, painted):
@@ -1602,8 +1603,8 @@ def test_look_shows_image_attention_mask_and_components(tmp_path, painted):
     same(light[:, 0, ::4, ::4], attention / attention.amax((1, 2), keepdim=True), atol=1e-6)
     expected = train.components(run.teacher(images)[0][-1][:, 1:])
     same(theirs[:, :, ::4, ::4].flatten(2).mT, (0.5 + expected / 4).clamp(0, 1), atol=1e-5)
-    mine = 4 * (mine[:, :, ::4, ::4].flatten(2).mT - 0.5)  # but for what is clamped
-    assert ((mine * expected).mean((0, 1)) > 0).all()
+    expected = train.components(run.model.student(images)[-1][:, 1:], like=expected)
+    same(mine[:, :, ::4, ::4].flatten(2).mT, (0.5 + expected / 4).clamp(0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "probe"])
@@ -1620,8 +1621,7 @@ def test_no_epochs_evaluate_alone(tmp_path, painted, task):
         [record] = map(json.loads, (tmp_path / f"{i}" / "log.jsonl").read_text().splitlines())
         for key in {"knn", "top1", "top5"} & run.record.keys():
             assert record[key] == run.record[key]
-    argv = on_folder(painted, tmp_path / "run", task=task, epochs=0)
-    main(*argv)
+    main(*on_folder(painted, tmp_path / "run", task=task, epochs=0))
     assert logged(tmp_path / "run")[-1] == 0
     assert before == (tmp_path / "run" / "last.pt").read_bytes()
 
@@ -1640,8 +1640,7 @@ def test_nothing_to_evaluate_ends_in_one_line(tmp_path, finished, files, options
 
 def test_a_classifier_can_start_another_with_its_head(tmp_path, painted, finished, capsys):
     out = finished["probe"].out
-    argv = one_step(painted, tmp_path, task="probe", init=out / "classifier.pt", blr=1e-12)
-    begun = trained(*argv)
+    begun = trained(*one_step(painted, tmp_path, task="probe", init=out / "classifier.pt", blr=0))
     assert "its head is used" in capsys.readouterr().out
     same(begun.model.head.state_dict(), last(out)["head"], atol=1e-6)
 
@@ -1676,8 +1675,7 @@ def test_ranks_share_knn_and_none_holds_the_whole_bank():
         assert int(seen) <= 67 + 11 and int(sent) <= 11 * 2000
 
 
-@pytest.mark.parametrize("task, name, options", [
-    ("pretrain", "student.pt", dict(num_classes=0)),
+@pytest.mark.parametrize("task, name, options", [("pretrain", "student.pt", dict(num_classes=0)),
     ("finetune", "classifier.pt", dict(num_classes=2, global_pool="avg"))])
 def test_files_load_strictly_into_timm_and_are_the_model(tmp_path, painted, task, name, options):
     run = trained(*on_folder(painted, tmp_path, task=task, blr=0.01, epochs=2))
@@ -1719,18 +1717,19 @@ def test_ranks_share_an_evaluation_in_which_each_image_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize("every, saves, steps", [
-    (2, 1, [6, 9]), (2, 4, [8, 9]), (0.5, 1, [2, 3, 5, 6, 8, 9]), (100, 1, [9])])
+    (2, 1, [6, 12]), (2, 4, [8, 12]), (0.5, 1, [2, 3, 5, 6, 8, 9, 11, 12]), (0, 1, [12]),
+    (3, 4, [10, 12])])
 def test_evaluation_is_due_every_so_many_epochs(tmp_path, painted, hooks, every, saves, steps):
-    """Of 3 steps, at the next line of the log, and at the end; training goes on as before."""
+    """Of 3 steps, at the next line of the log, and at the end; of what is saved already."""
     modes, evaluated = [], []
     hooks.before("MaskAlign")(lambda module, _: modes.append(module.training))
-    hooks.before("ViT")(lambda module, _: evaluated.append(module.training)
-                        if module.cls_token.requires_grad else None)
-    main(*on_folder(painted, tmp_path, eval_every=every, save_every=saves, epochs=3))
+    hooks.before("ViT")(lambda module, _: module.cls_token.requires_grad and evaluated.append(
+        saved(tmp_path) if not (module.training or torch.is_grad_enabled()) else "trained") or None)
+    main(*on_folder(painted, tmp_path, eval_every=every, save_every=saves, epochs=4))
     records = zip(logged(tmp_path), logged(tmp_path, "knn"))
     assert [step for step, knn in records if knn is not None] == steps
-    assert modes == [True] * 9 and evaluated.count(True) == 9
-    assert evaluated.count(False) >= 2 * len(steps)  # bank and val
+    assert modes == [True] * 12 and {*evaluated} == {"trained", *steps}
+    assert len(evaluated) - 2 * len(steps) >= evaluated.count("trained") == 12  # bank and val
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -1814,9 +1813,8 @@ CUTS = {  # task, ranks, ranks that go on; what happens, the exit code, and the 
     "two killed, one goes on": ("pretrain", 2, 1, signalled(7), -9, 5),
     "killed probe": ("probe", 2, 2, signalled(7), -9, 5),
     "Ctrl-C": ("pretrain", 1, 1, signalled(7, "SIGINT"), 130, 7),
-    "Ctrl-C twice": ("pretrain", 1, 1, at_step(
-        7, "for _ in '12': os.kill(os.getpid(), signal.SIGINT)"), 130, 5),
-    "terminated": ("probe", 1, 1, signalled(7, "SIGTERM"), 143, 7),
+    "Ctrl-C twice": ("pretrain", 1, 1, signalled(7, "SIGINT", times=2), 130, 5),
+    "terminated twice": ("probe", 1, 1, signalled(7, "SIGTERM", times=2), 143, 7),
     "one rank of two signalled": ("pretrain", 2, 2, signalled(7, "SIGUSR1", rank=1), 138, 10),
     "at the beginning": ("pretrain", 1, 1, terminated("True"), 143, 0),
     "in evaluation": ("pretrain", 1, 1, terminated(
@@ -1857,7 +1855,7 @@ def test_workers_change_nothing_and_may_be_killed(tmp_path, undisturbed):
         for worker in children(os.getpid()):
             os.kill(int(worker), signal.SIGKILL)"""))
     assert saved(tmp_path) == 5
-    [done] = run(*argv, code=143, first=at_step(2, "os.killpg(0, signal.SIGTERM)"))
+    [done] = run(*argv, code=143, first=at_step(2, "os.system('kill 0'), time.sleep(1)"))
     assert saved(tmp_path) == 7 and "step 7;" in one_line(done.err)  # a terminal's, to all
     [done] = run(*argv)
     assert done.out.count("finetune:") == 1 and all(name in done.err for name in BROKEN)
@@ -1923,7 +1921,7 @@ def finished(tmp_path_factory, painted):
     """By task, a run of 3 steps and its command."""
     found = {}
     for task in ("pretrain", "probe"):
-        out = tmp_path_factory.mktemp("finished") / "out"
+        out = tmp_path_factory.mktemp("finished") / "deeper" / "out"
         argv = on_folder(painted, out, task=task, epochs=1, warmup_epochs=0.4)
         main(*argv)
         found[task] = SimpleNamespace(out=out, argv=argv)
@@ -1935,9 +1933,8 @@ def finished(tmp_path_factory, painted):
         ("--seed", 1, 0), ("--levels", 2, 3), ("--mask", "random", "attentive"),
         ("--mask-ratio", 0.6, 0.7), ("--batch-size", 6, 12), ("--blr", 1, 0.00015),
         ("--min-lr", 1, 1e-5), ("--warmup-epochs", 0, 0.4), ("--weight-decay", 0, 0.05),
-        ("--drop-path", 0, 0.1), ("--layer-decay", 0.5, 1),
-        ("--amp", "bf16", "off"), ("--task", "probe", "pretrain"), ("--epochs", 0.5, 1),
-        ("--image-size", 32, "(32, 32)"))),
+        ("--drop-path", 0, 0.1), ("--layer-decay", 0.5, 1), ("--image-size", 32, "(32, 32)"),
+        ("--amp", "bf16", "off"), ("--task", "probe", "pretrain"), ("--epochs", 0.5, 1))),
     (lambda path: touch(path.parents[1] / "data", "train/a/new.png"), (), ["--data", "36", "37"]),
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), (), ["last.pt"]),
     (lambda path: path.write_bytes(b""), (), ["last.pt"]),
@@ -1959,19 +1956,20 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_kept(
     assert not argv or "start anew" in error
 
 
-def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, finished, capsys):
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, painted, finished, capsys):
     """With other flags that do not matter, in a folder that was moved."""
-    shutil.copytree(finished["pretrain"].out, tmp_path / "out")
-    argv = (*finished["pretrain"].argv, *flags(out=tmp_path / "out", micro_batch=5, save_every=7,
-                                               eval_every=9, no_compile=True, amp="off"))
-    main(*argv)
-    assert "finished" in capsys.readouterr().out and logged(tmp_path / "out") == [3]
+    out = shutil.copytree(finished["pretrain"].out, tmp_path / "out")
+    (out / "look.png").unlink()
+    argv = (*finished["pretrain"].argv, *flags(data=f"{painted}/.", out=out,
+        micro_batch=5, save_every=7, eval_every=9, no_compile=True, amp="off"))
+    main(*argv)  # does not evaluate again
+    assert "finished" in capsys.readouterr().out and not (out / "look.png").exists()
+    assert logged(out) == [3] and train.stop.saved == f"{out}/last.pt is of step 3"
     main(*argv, "--epochs", 2)
     said = capsys.readouterr().out
-    assert "from 3," in said and "finished" not in said and saved(tmp_path / "out") == 6
+    assert "from 3," in said and "finished" not in said and saved(out) == 6
     assert all(count in said for count in ("36 images", "2 classes", "5 to evaluate"))
-    assert logged(tmp_path / "out") == [3, 6]
-    assert logged(tmp_path / "out", "lr")[-1] == pytest.approx(1e-5)
+    assert logged(out) == [3, 6] and logged(out, "lr")[-1] == pytest.approx(1e-5)
 
 
 def test_a_teacher_file_may_have_moved_and_init_be_gone(tmp_path, painted, capsys, monkeypatch):
@@ -1996,7 +1994,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, painted,
         synced.add((os.fstat(fd).st_ino, os.fstat(fd).st_size)), fsync(fd))[1])
     monkeypatch.setattr(os, "replace", look)
     main(*one_step(painted, tmp_path))
-    assert replaced.keys() == {"last.pt", "student.pt"}
+    assert [*replaced] == ["student.pt", "last.pt"]  # the last one vouches for the others
 
 
 def test_a_second_run_is_refused_and_a_folder_without_locks_is_not(tmp_path, painted, monkeypatch):
@@ -2123,12 +2121,12 @@ torch.nn.modules.module.register_module_forward_hook(spoil)
 """
 
 
-@pytest.mark.parametrize("ranks, how", [
-    (1, "return output + float('inf')"),  # though the gradient would be finite
-    (1, "output.register_hook(lambda grad: grad * float('nan'))"),  # though the loss is
-    (2, "return output + float('inf')")])
-def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, how):
-    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3, workers=2 - ranks)
+@pytest.mark.parametrize("ranks, amp, how", [
+    (1, "off", "return output + float('inf')"),  # though the gradient would be finite
+    (1, "bf16", "output.register_hook(lambda grad: grad * float('nan'))"),  # though the loss is
+    (2, "off", "return output + float('inf')")])
+def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, amp, how):
+    argv = on_folder(painted, tmp_path, save_every=2, micro_batch=3, workers=2 - ranks, amp=amp)
     for done in run(*argv, ranks=ranks, code=2, first=spoilt(how, ranks - 1)):  # ends its workers
         error = one_line(done.err)
         assert "step 3" in error and f"rank {ranks - 1}" in error
@@ -2139,10 +2137,11 @@ def test_no_step_is_taken_with_what_is_not_finite(tmp_path, painted, ranks, how)
     seen = re.findall(r"\d+", "".join(re.findall("seen(.*)", done.out)))
     assert sorted(seen) == sorted(re.findall(r"(\d+)\.png", error)) and len(seen) == 12 // ranks
     assert saved(tmp_path) == 2 and logged(tmp_path) == [2]
+    assert last(tmp_path)["scaler"]["growth_interval"] > 1e9
 
 
 @pytest.mark.parametrize("task, skipped", [
-    ("pretrain", lambda step: step % 2), ("probe", lambda step: step == 0),
+    ("pretrain", lambda step: step % 4 == 1 or 9 < step < 20), ("probe", lambda step: step == 0),
     ("pretrain", lambda step: step > 1)], ids=["half", "first", "all"])
 def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped):
     """Gradients may overflow while its scale adapts: such a step is not taken, and no error; its
@@ -2154,8 +2153,7 @@ def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped
             if skipped(len(heads)):
                 output.register_hook(lambda grad: grad + math.inf)
             heads.append([x.detach().clone() for x in module.parameters()][-1])
-    for kind in ("MaskAlign", "Classifier"):
-        hooks.after(kind)(overflow)
+    hooks.after("MaskAlign")(overflow), hooks.after("Classifier")(overflow)
     argv = on_folder(painted, tmp_path, task=task, amp="fp16", batch_size=4, epochs=3)
     if all_skipped := skipped(2) and skipped(3):
         assert "non-finite" in refused(*argv)
@@ -2164,7 +2162,7 @@ def test_fp16_may_skip_steps_but_not_all(tmp_path, painted, hooks, task, skipped
     assert [torch.equal(a, b) for a, b in zip(heads, heads[1:])] == [
         bool(skipped(step)) for step in range(len(heads) - 1)]
     assert saved(tmp_path) == (0 if all_skipped else 27)
-    assert all(0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm"))
+    assert all(0 < norm < 1e6 for norm in logged(tmp_path, "grad_norm") if norm)
     content = last(tmp_path)
     assert all(x.isfinite().all() for part in ("student", "align", "head") if part in content
                for x in content[part].values())
@@ -2180,7 +2178,7 @@ def fail(error):
     *((task, 0, lambda case: case.hooks.before("Block")(fail(torch.OutOfMemoryError("9 GiB"))),
        "--micro-batch.* 5.*9 GiB") for task in ("pretrain", "probe")),
     ("pretrain", 1, lambda case: case.patch(shutil, "disk_usage", lambda path: SimpleNamespace(
-        free=10000)), "/dev/shm.*--workers.*--micro-batch.*--shm-size"),
+        free=30719)), "/dev/shm.*--workers.*--micro-batch.*--shm-size"),
     ("pretrain", 0, lambda case: case.patch(torch, "save", fail(RuntimeError("full"))), "pt.*full"),
     ("pretrain", 0, lambda case: case.hooks.after_step(lambda *_: shutil.rmtree(
         case.out, ignore_errors=True)), "out")])
@@ -2236,11 +2234,11 @@ def test_demo_trains_teacher_and_student_with_its_flags(demo):
     ranks = [rank.out for rank in job.result()]
     teacher = torch.load(out / "teacher" / "student.pt")["cls_token"].double().sum().item()
     assert [re.findall("taught by (.*)", said) for said in ranks] == [[str(teacher)]] * 2
-    said = ranks[0]
+    said, other = ranks
     assert said.count("of 64 = 2 processes x 2 x 16") == 2 and said.count("left aside") == 1
     assert [logged(out / part)[-1] for part in ("teacher", "student")] == [5, 7]
     percent = r"untrained student \d+\.\d %, trained student \d+\.\d %"
-    assert len(re.findall(percent + r"(?:, teacher \d+\.\d %)?\n", said)) == 2
+    assert len(re.findall(percent + r"(?:, teacher \d+\.\d %)?\n", said)) == 2 > other.count("\n")
     assert Image.open(out / "student" / "look.png").size == (8 * 26 + 2, 5 * 18 + 2)
 
 
