@@ -1830,6 +1830,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, undisturbed, 
     argv, whole_said = (*whole.argv, "--out", tmp_path), whole.result()
     ended = run(*argv, ranks=ranks, first=first, code=code)
     assert saved(tmp_path) == step and logged(tmp_path) == [5] * (step > 0)
+    assert state(tmp_path)["last.pt"]["evaluated"] == 0
     assert code <= 2 or f"last.pt is of step {step};" in one_line(ended[0].err)
     with open(tmp_path / "log.jsonl", "a") as file:  # as if killed before the checkpoint
         file.write('{"step": 175, "loss": 0}\n{"step": 18')

@@ -237,7 +237,7 @@ def say(text):
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 DIGITS = re.compile(r"digits(?::([1-9]\d{0,8}))?").fullmatch  # --data -> match or None
 # Pillow limits a PNG's text and colour profile to 1 MB: raised; its limit of the pixels stays
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def seed_of(*key):
@@ -698,8 +698,7 @@ def write(path, content):
     was."""
     try:
         with open(f"{path}.part", "wb") as file:
-            torch.save(content, file)
-            file.flush()
+            torch.save(content, file)  # flushes
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, on a full disk
