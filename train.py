@@ -934,7 +934,7 @@ def score(args, out):
 # --- Entry --------------------------------------------------------------------------------------
 def demo(args):
     """A teacher is trained on digits with labels, for 0.45 of --epochs; then a student without, for
-    0.6. Three minutes on two CPU cores. All are evaluated by k-NN."""
+    0.6. Three to four minutes on two CPU cores. All are evaluated by k-NN."""
     def lesson(epochs, **changes):
         return train(argparse.Namespace(**vars(args) | changes | dict(epochs=epochs * args.epochs)))
     school, home = f"{args.out}/teacher", f"{args.out}/student"
