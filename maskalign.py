@@ -207,9 +207,9 @@ PLAIN_ATTENTION = (Attention, layers.Attention, layers.AttentionRope, eva.EvaAtt
 
 
 def timm_attn(network):
-    """A ViT of timm -> the attention module that tells which patches are salient (3.2): the last
-    block's, for its [CLS], or, without a [CLS], the pooling query's. Raises UsageError if there is
-    none, or none that can be read."""
+    """A ViT of timm or ours -> the attention module that tells which patches are salient (3.2): the
+    last block's, for its [CLS], or, without a [CLS], the pooling query's. Raises UsageError if
+    there is none, or none that can be read."""
     embed = getattr(network, "patch_embed", None)
     if not isinstance(network, PLAIN_VITS) or not isinstance(embed, layers.PatchEmbed):
         raise UsageError(f"a {type(network).__name__} cannot teach: it is no plain ViT")
