@@ -1892,7 +1892,7 @@ def torchrun(undisturbed, tmp_path_factory):
     script.write_text("import os, signal, time\nfrom torch.optim.optimizer import "
                       "register_optimizer_step_post_hook as after_step\n" +
                       at_step("(7, 3)[int(os.environ['TORCHELASTIC_RESTART_COUNT'])]", """
-        print("process", os.getpid(), flush=True)
+        os.write(1, f"process {os.getpid()}\\n".encode())  # in one piece: both ranks write here
         life, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
         if (life, rank) == ("0", "1"):
             os.kill(os.getpid(), signal.SIGKILL)
