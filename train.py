@@ -180,14 +180,14 @@ def on_signal(signum, frame):
     insists = signum == stop.signal == signal.SIGINT
     stop.signal = signum
     if insists or not stop.unsaved:
-        leave()
+        leave(signum)
 
 
-def leave():
+def leave(signum):
     """End the process here, with 128 + the signal."""
     if RANK == 0:
         os.write(2, os.fsencode(f"\ntrain.py: {stop.saved}; the same command resumes there\n"))
-    os._exit(128 + stop.signal)
+    os._exit(128 + signum)
 
 
 def ignore_signals(worker):
@@ -744,10 +744,11 @@ def save(out, model, stateful, state):
             (out / "classes.txt").write_bytes(os.fsencode("\n".join(state["classes"])))
         states = {name: part.state_dict() for name, part in stateful.items()}
         write(out / "last.pt", states | state)
-    stop.signal = max(gather(stop.signal))  # the other ranks wait for the files
+    # the other ranks wait for the files; a signal that comes later is for the next call
+    signum = max(gather(stop.signal))
     stop.unsaved, stop.saved = False, f"{out}/last.pt is of step {state['step']}"
-    if stop.signal:
-        leave()
+    if signum:
+        leave(signum)
 
 
 def load_start(model, source, classes):
