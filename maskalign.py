@@ -52,7 +52,7 @@ def to_float(images):
     """Images -> float in [0,1]. Raises UsageError, on a CPU, if floats are in another range."""
     if images.dtype == torch.uint8:
         return images / 255
-    # bicubic overshoot stays within; normalised images usually go below, floats to 255 above
+    # bicubic overshoot is allowed; normalised images usually go below, those up to 255 above
     if can_check(images) and ((images < -0.5) | (images > 10)).any():
         raise UsageError("images must be uint8, or float in [0, 1] and not normalised")
     return images
@@ -194,7 +194,7 @@ VITS = {  # timm's names; the last is for the built-in digits
 
 
 def vit(name, **overrides):
-    """A ViT of a size in VITS; what is not None overrides it. Raises UsageError for other names."""
+    """A ViT of a size in VITS; overrides of None are ignored. Raises UsageError for other names."""
     if name not in VITS:
         raise UsageError(f"unknown ViT {name!r}; there are {', '.join(VITS)}")
     return ViT(**VITS[name] | {key: x for key, x in overrides.items() if x is not None})
@@ -226,8 +226,8 @@ def timm_attn(network):
 class Teacher(nn.Module):
     """A ViT of ours, open_clip's or timm's, frozen, that sees the intact image (3.1). Hooks,
     registered before any compilation, capture the outputs of the last K blocks and the last
-    attention's queries q and keys k. Deviation: for a [CLS] that a ViT lacks stand its mean patch,
-    in levels, and its pooling query. Raises UsageError as timm_attn does, or if K is too large."""
+    attention's queries q and keys k. Deviation: where a ViT has no [CLS], its mean patch stands in
+    (levels), its pooling query (q). Raises UsageError as timm_attn does, or if K is too large."""
 
     def __init__(self, network, levels=5):
         super().__init__()
@@ -315,7 +315,7 @@ def visible_count(patches, ratio):
     share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)
     count = patches * share.numerator // share.denominator
     if count < 1:
-        raise UsageError(f"mask ratio {ratio} leaves no visible patch of {patches}")
+        raise UsageError(f"mask ratio {ratio} is not in [0, 1) or masks all {patches}")
     return count
 
 
@@ -330,7 +330,7 @@ def attentive_keep(attention, ratio, noise=None):
     # Deviation: Gumbel top-k: multinomial's distribution, no wait for the GPU, zeros are allowed.
     # keep = top-V of log a_n + g_n, g_n = −log(−log u_n)
     gumbel = -torch.log(-torch.log(noise.clamp(min=1e-20)))  # finite, if u_n is 0
-    # log 0 is -200: below log a_n + g_n of any a_n > 0 in fp32
+    # log 0 is -200: with any g_n it stays below log a_n + g_n of any a_n > 0 in fp32
     score = attention.float().log().clamp(min=-200) + gumbel
     return score.topk(visible_count(attention.shape[1], ratio)).indices
 
@@ -357,7 +357,7 @@ def align_loss(pred, target):
 class DynamicAlignment(nn.Module):
     """Mixes S student features for each of K teacher levels by the Dynamic Alignment matrix W,
     `matrix` [K,S], and maps D to E by K linear `adaptors` (3.3). Deviation: only rows and adaptors
-    that the loss reaches exist; each row's 1 starts at matched depth (identity at equal depths)."""
+    that the loss reaches exist; each row's 1 starts at matched depth (I's rows at equal depths)."""
 
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
@@ -378,9 +378,9 @@ class DynamicAlignment(nn.Module):
 
 class MaskAlign(nn.Module):
     """All that is trained: a student ViT and its alignment to a teacher. mask: "attentive" or
-    "random". teacher: a Teacher, or your own with a `grid` (rows, columns), `depth`, `dim` E and
-    `levels` K; the caller computes levels, attention = teacher(images), for forward. Raises
-    UsageError for another mask, if grids differ, or if no patch stays visible."""
+    "random". teacher: a Teacher, or anything with a tuple `grid` (rows, columns), `depth`, `dim` E,
+    `levels` K; only these are read: the caller passes levels, attention = teacher(images) to
+    forward. Raises UsageError for another mask, if grids differ, or if no patch stays visible."""
 
     def __init__(self, student, teacher, mask="attentive", mask_ratio=0.7):
         super().__init__()
@@ -433,8 +433,8 @@ def pixels(grid, patch_size):
 
 
 class Placeholder:
-    """Stands for an object of a file that is no tensor and no primitive: accepts any arguments,
-    calls and contents, and ignores them."""
+    """Replaces any object in a file but tensors and primitives: accepts any arguments, calls and
+    contents, and ignores them."""
     dtype = torch.uint8  # where it stands for a kind of storage: bytes
 
     def __new__(cls, *args, **options):
@@ -532,7 +532,7 @@ def clip_network(name, weights, grid):
     config = open_clip.get_model_config(name) or dict(vision_cfg={})
     patch_size = config["vision_cfg"].get("patch_size")  # none: a ResNet, or a timm network
     if not patch_size:
-        raise UsageError(f"{name} cannot teach: no plain ViT of open_clip, timm or VITS")
+        raise UsageError(f"{name} cannot teach: no plain ViT of open_clip or timm, or unpublished")
     weights = "openai" if weights == "pretrained" else weights
     # open_clip only warns if a tag and a model disagree about QuickGELU, and features are wrong
     published = open_clip.get_pretrained_cfg(name, weights or "")

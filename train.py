@@ -3,7 +3,7 @@
     python train.py                                                  # demo: digits, no download
     torchrun --nproc_per_node=8 train.py --data /imagenet            # the paper's pre-training
     python train.py --task finetune --init out/student.pt --data /imagenet --out tune   # or probe
-    python train.py --task finetune --init tune/classifier.pt --data /other --epochs 0  # evaluate
+    python train.py --task finetune --init tune/classifier.pt --data /v2 --out v2 --epochs 0
 
 task and data:          default; that for digits where it differs
   --task {pretrain,finetune,probe}  pretrain  what is trained: MaskAlign, a classifier, or its head
@@ -88,7 +88,7 @@ RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_R
 WORLD, LOCAL_WORLD = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 # on Linux a process may use fewer CPUs than there are
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-LOG_EVERY = 10  # optimiser steps; in between the host does not wait for the GPU
+LOG_EVERY = 10  # optimiser steps; in between the host waits for the GPU only in a probe
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 FREE = {"out", "data", "init", "workers", "device", "compile", "micro_batch", "save_every",
         "eval_every"}  # arguments that may differ when a run is resumed
@@ -176,7 +176,7 @@ stop = SimpleNamespace(signal=0, unsaved=False, saved="nothing was trained yet")
 
 def on_signal(signum, frame):
     """End at once if every step is saved, as in an evaluation, or at a second Ctrl-C; else the loop
-    saves first, at the end of the step or, with several ranks, at the next line of the log."""
+    saves first, at the end of the step or, with several ranks, of LOG_EVERY steps at most."""
     insists = signum == stop.signal == signal.SIGINT
     stop.signal = signum
     if insists or not stop.unsaved:
@@ -198,8 +198,8 @@ def ignore_signals(worker):
 
 @atexit.register
 def end_workers():
-    """Kill the workers of a run that failed: they ignore multiprocessing's SIGTERM, and it would
-    wait for them for ever."""
+    """Kill the workers of a run that failed: they ignore multiprocessing's SIGTERM, after which its
+    exit would wait for them for ever."""
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for child in multiprocessing.active_children():
@@ -245,7 +245,7 @@ def seed_of(*key):
     return int(sha256(repr(key).encode()).hexdigest()[:15], 16)
 
 
-# Pillow's own, by size; no attribute of Digits, for it cannot be pickled
+# Pillow's own, by size; outside Digits, because fonts cannot be pickled
 font = cache(ImageFont.load_default)
 
 
@@ -319,7 +319,7 @@ def augmentation(task, size):
 
 class Folder(Source):
     """Images {file: class} in a folder, augmented for a task or, without one, centred. Names are an
-    array, which forked workers share, where each would come to copy a list; they count bad files
+    array, which forked workers share: each would end up with a copy of a list. They count bad files
     together."""
     def __init__(self, root, classes, size, files, seed, task=None):
         self.count, self.classes, self.size, self.seed = len(files), classes, size, seed
@@ -407,7 +407,7 @@ def loader(source, batches, args):
                          "--micro-batch, or give a container more (docker run --shm-size)")
     if len(tempfile.gettempdir()) > 60:  # workers' sockets need a shorter path
         tempfile.tempdir = "/tmp"
-    # forked workers start at once, share the source, and end with their rank, be it killed
+    # forked workers start at once, share the source, and end with their rank, even a killed one
     fork = "fork" if args.workers and sys.platform == "linux" else None
     yield from DataLoader(
         source,
@@ -450,7 +450,7 @@ class Schedule:
         self.share = args.batch_size // WORLD
         self.parts = ceil(self.share / args.micro_batch)
         self.micro = ceil(self.share / self.parts)
-        # if the last would hold one image
+        # would the last part hold one image?
         if args.task == "probe" and self.share == 1 + self.micro * (self.parts - 1):
             raise UsageError("a probe's BatchNorm needs two images in every micro-batch: change "
                              "--batch-size or --micro-batch")
