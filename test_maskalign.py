@@ -96,7 +96,6 @@ def trainable(network):
 
 
 # --- 3.1 Model structure: the student -----------------------------------------------------------
-
 @given(st.integers(1, 4), st.integers(5, 9), st.integers(10, 13))
 def test_sincos_positions_equal_loops(quarter, rows, columns):
     omega = [10000 ** (-i / quarter) for i in range(quarter)]
@@ -216,7 +215,6 @@ def test_the_encoder_is_exported_with_a_free_batch_size(dtype):
 
 
 # --- 3.1 Model structure: the frozen teacher ----------------------------------------------------
-
 FAMILIES = [  # timm's real classes; a second word is an option, the last three have no [CLS]
     "vit_base_patch16_224.dino", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_224",
     "vit_base_patch16_224 qk_norm", "vit_base_patch16_224.mae", "vit_base_patch16_radio_v3",
@@ -380,7 +378,6 @@ def test_a_network_that_cannot_teach_is_refused(name, says):
 
 
 # --- 3.2 Masking strategy -----------------------------------------------------------------------
-
 @given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99))
 @example(3, 196, 70)  # the paper's 58
 @example(3, 10, 90)  # 1, not 0
@@ -417,7 +414,6 @@ def test_keep_frequency_is_that_of_sampling_without_replacement():
 
 
 # --- 3.3 Dynamic alignment ----------------------------------------------------------------------
-
 @given(st.floats(0.5, 4), st.floats(-3, 3))
 def test_whitened_features_have_mean_0_and_variance_1_at_any_scale(scale, shift):
     y = torch.randn(3, 5, 64, dtype=torch.float64) * 3
@@ -474,7 +470,6 @@ def test_autocast_does_not_round_the_mixture():
 
 
 # --- MaskAlign: the whole method ----------------------------------------------------------------
-
 def test_the_loss_is_the_papers_formula():
     teacher = ma.Teacher(small_vit(dim=12), 2)
     model, images = student_of(teacher)
@@ -545,7 +540,6 @@ def test_arguments_that_do_not_fit_raise_a_usage_error(call, says):
 
 
 # --- Weights from files -------------------------------------------------------------------------
-
 class Planted:
     def __reduce__(self):
         return (Path("evil-was-here").touch, ())
@@ -664,7 +658,6 @@ def test_a_file_without_weights_is_one_line(tmp_path, monkeypatch, name, write, 
 
 
 # --- Teachers by name ---------------------------------------------------------------------------
-
 @pytest.fixture
 def asked(monkeypatch):
     """Any network of timm and open_clip is made small and of random values; what was asked for."""
@@ -759,7 +752,6 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, asked):
 
 
 # --- Processes: forked from a server that has imported what takes seconds -----------------------
-
 os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that are started below
 forkserver.set_forkserver_preload([
     "torch._dynamo", "timm", "open_clip", "torchvision.transforms.v2"])
@@ -914,7 +906,6 @@ def early(request):
 
 
 # --- Folders of images, and runs on them ---------------------------------------------------------
-
 SMALL = ("--student", "vit_digits_patch4_32", "--teacher", "vit_digits_patch4_32",
          "--teacher-weights", "random", "--levels", 3, "--device", "cpu", "--workers", 0)
 
@@ -1004,7 +995,6 @@ def state(out):
 
 
 # --- Recipes and command line --------------------------------------------------------------------
-
 @pytest.mark.parametrize("argv, expected", [("", (1, 64, 8e-3, 1e-6, 0.1, 0.05, 0, 1, 1, 3)),
     ("--data x", (200, 1024, 1.5e-4, 1e-5, 20, 0.05, 0.1, 1, 20, 5)),
     ("--data digits_photos --task finetune", (100, 1024, 3e-4, 1e-6, 5, 0.05, 0.2, 0.55, 1, 5)),
@@ -1067,6 +1057,11 @@ def test_invalid_arguments_end_in_one_line(tmp_path, argv, says):
     assert not any((tmp_path / "out" / name).exists() for name in ("last.pt", "teacher"))
 
 
+def test_a_gpu_is_made_the_current_one_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: fail(RuntimeError(f"GPU {i}"))())
+    assert "GPU 1" in refused("--device", "cuda:1") and "GPU 0" in refused("--device", "cuda")
+
+
 @pytest.mark.parametrize("environment, says", [
     (dict(RANK=0, WORLD_SIZE=5), "64 .* 5 ranks"), (dict(SLURM_STEP_NUM_TASKS=2), "torchrun"),
     (dict(WORLD_SIZE=2), "RANK"), (dict(RANK=1), "MASTER_ADDR|WORLD_SIZE"),
@@ -1092,7 +1087,6 @@ def test_a_bug_keeps_its_traceback_and_a_notebook_its_signals(tmp_path, painted,
 
 
 # --- Data ----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("data, count, fixed", [("digits", 76800, False), ("digits:50", 50, True)])
 def test_digits_are_reproducible_and_their_sets_disjoint(data, count, fixed):
     keys, found = [(0, i) for i in range(20)], sources(data)
@@ -1170,11 +1164,13 @@ def test_all_ranks_have_the_folder_that_rank_0_sees(tmp_path):
     for rank in range(2):
         touch(tmp_path / str(rank), *(f"data/{i:02}.png" for i in range(12 + rank)))
     first = f"""
-import torch.distributed as dist
+there = torch.accelerator.current_accelerator
+torch.accelerator.current_accelerator = lambda **_: torch.device("cuda")  # a GPU that is not used
+before_forward(lambda *_: setattr(torch.accelerator, "current_accelerator", there))
 os.chdir({str(tmp_path)!r} + "/" + os.environ.get("RANK", "0"))
-gather = dist.all_gather_object
-dist.all_gather_object = lambda ranks, mine: gather(ranks, mine, assert_no_names(mine))
-def assert_no_names(mine):
+gather = torch.distributed.all_gather_object
+torch.distributed.all_gather_object = lambda ranks, mine: gather(ranks, mine, no_names(mine))
+def no_names(mine):
     assert "png" not in str(mine)"""
     argv = on_folder("data", tmp_path / "2", epochs=2, mask="random")
     assert "12 images" in run(*argv, ranks=2, first=first)[0].out
@@ -1336,7 +1332,6 @@ def test_large_jpegs_are_not_decoded_whole(tmp_path, monkeypatch, side, decoded)
 
 
 # --- Schedule ------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("epochs, warmup, floor", [(1.34, 0, 0), (1, 1, 1e-6), (3.6, 1.4, 1e-7)])
 def test_learning_rates_are_a_line_and_a_cosine(epochs, warmup, floor):
     schedule = train.Schedule(parse(*on_folder(
@@ -1409,7 +1404,6 @@ def test_gradients_are_those_of_the_batch(tmp_path, folder, hooks, data, more, o
 
 
 # --- Model and optimiser -------------------------------------------------------------------------
-
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "probe"])
 def test_parameter_groups_are_a_partition_with_the_recipes_values(tmp_path, painted, hooks, task):
     """Each trainable parameter once, with the decay, rate and momentum of its kind and depth."""
@@ -1516,7 +1510,6 @@ def test_precision_is_that_of_amp_in_training_evaluation_and_teacher(
 
 
 # --- Evaluation ----------------------------------------------------------------------------------
-
 def features(encoder, source):
     """As neighbours are found: the mean patch token of the last level, whitened, of length 1."""
     x = encoder(source[[(0, i) for i in range(len(source))]][0])[-1][:, 1:].mean(dim=1)
@@ -1729,7 +1722,6 @@ def test_evaluation_is_due_every_so_many_epochs(tmp_path, painted, hooks, every,
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
-
 COUNT = """
 import warnings
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -1837,6 +1829,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, undisturbed, 
     assert code <= 2 or f"last.pt is of step {step};" in one_line(ended[0].err)
     with open(tmp_path / "log.jsonl", "a") as file:  # as if killed before the checkpoint
         file.write('{"step": 175, "loss": 0}\n{"step": 18')
+    assert not any("train.py:" in rank.err for rank in ended[1:])
     whole.init.is_file() and whole.init.unlink()  # --init is read once
     done = run(*argv, ranks=then)
     assert f"from {step}," in done[0].out and "left aside" not in done[0].out
@@ -2010,7 +2003,6 @@ def test_a_second_run_is_refused_and_a_folder_without_locks_is_not(tmp_path, pai
 
 
 # --- The loop ------------------------------------------------------------------------------------
-
 def test_an_obvious_loop_has_the_same_losses(tmp_path, folder, hooks, monkeypatch):
     """One image at a time, one optimiser, the paper's schedule; the images, which patches of them
     are visible, and the first weights are the run's."""
@@ -2104,10 +2096,10 @@ register_optimizer_step_post_hook(lambda *_: (
     steps.append(1), torch.cuda.set_sync_debug_mode("error" if 4 <= len(steps) < 24 else 0)))
 train.main()""", *map(str, argv), "--eval-every", "100"], cwd=HERE, check=True)
     assert saved(tmp_path) == 27
+    assert {x.device.type for x in torch.load(tmp_path / "student.pt").values()} == {"cpu"}
 
 
 # --- Faults --------------------------------------------------------------------------------------
-
 def spoilt(how, rank):
     """Lines for Child: something happens after the forward pass of step 3 on one rank."""
     return f"""
@@ -2212,14 +2204,13 @@ def test_evaluation_keeps_no_files_open(tmp_path):
 
 
 # --- Entry ---------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """Two ranks; rank 0's disk is slow."""
     out = tmp_path_factory.mktemp("demo")
     argv = flags(epochs=0.01, micro_batch=16, device="cpu", image_size="16x24", out=out,
                  init=encoder_file(out))
-    return out, QUEUE.submit(run, *argv, ranks=2, first="""
+    return out, argv, QUEUE.submit(run, *argv, ranks=2, first="""
 if os.environ["RANK"] == "0":
     save = torch.save
     torch.save = lambda *what, **how: (time.sleep(0 if how else 0.7), save(*what, **how))
@@ -2230,16 +2221,27 @@ def look(module, arguments):
 before_forward(look)""")
 
 
-def test_demo_trains_teacher_and_student_with_its_flags(demo):
+def test_demo_trains_teacher_and_student_with_its_flags(demo, monkeypatch):
     """The second lesson waits for the first one's file; --init is the student's alone."""
-    out, job = demo
+    out, argv, job = demo
     said, other = ranks = [rank.out for rank in job.result()]
     teacher = torch.load(out / "teacher" / "student.pt")["cls_token"].double().sum().item()
     assert [re.findall("taught by (.*)", said) for said in ranks] == [[str(teacher)]] * 2
     assert said.count("of 64 = 2 processes x 2 x 16") == 2 and said.count("left aside") == 1
     assert [logged(out / part)[-1] for part in ("teacher", "student")] == [5, 7]
-    percent = r"untrained student \d+\.\d %, trained student \d+\.\d %"
-    assert len(re.findall(percent + r"(?:, teacher \d+\.\d %)?\n", said)) == 2 > other.count("\n")
+    assert other.count("\n") < 2
+    args = parse(*argv)
+    monkeypatch.setattr(train.Digits, "read", functools.cache(train.Digits.read))
+    _, bank, val = train.open_data(args, args.image_size)
+    student, teacher = (ma.load_teacher(args.student, out / name / "student.pt", 3, (4, 6))
+                        for name in ("student", "teacher"))
+    torch.manual_seed(args.seed)
+    encoders = [ma.vit(args.student, image_size=args.image_size), lambda x: student(x)[0],
+                lambda x: teacher(x)[0]]
+    expected = [train.mutual_knn(encoder, teacher, bank, args) for encoder in encoders[:2]]
+    expected += [train.knn(encoder, bank, val, args) for encoder in encoders]
+    shown = [float(x) for x in re.findall(r"(?:student|teacher) (\d+\.\d) %", said)]
+    assert shown == pytest.approx(expected, abs=0.16) and len({*shown}) == 5
     assert Image.open(out / "student" / "look.png").size == (8 * 26 + 2, 5 * 18 + 2)
 
 
@@ -2250,7 +2252,6 @@ def test_another_task_on_digits_is_no_demo(tmp_path):
 
 
 # --- The tutorial --------------------------------------------------------------------------------
-
 def make_coco(root):
     """Four images a split in COCO's format, of two classes with odd ids, one crowd among them."""
     for split in ("train2017", "val2017"):
@@ -2333,7 +2334,6 @@ def test_tutorial_runs(tutorials):
 
 
 # --- The house -----------------------------------------------------------------------------------
-
 README = (HERE / "README.md").read_text()
 
 

@@ -159,8 +159,8 @@ def choose_device(args):
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
         args.device = torch.device(args.device or best)
-        if args.device.type == "cuda" and WORLD > 1:
-            torch.cuda.set_device(LOCAL_RANK)  # before anything opens a context on GPU 0
+        if args.device.type == "cuda":  # before anything opens a context on GPU 0
+            torch.cuda.set_device(args.device.index or LOCAL_RANK)
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:
         raise UsageError(f"--device {args.device}: {error}") from error
@@ -502,7 +502,7 @@ class Classifier(nn.Module):
     def timm_state(self):
         """What timm.create_model(name, num_classes=C, global_pool="avg") loads strictly; but a
         probe's fc_norm is a BatchNorm."""
-        return {name.removeprefix("student."): x for name, x in self.state_dict().items()
+        return {name.removeprefix("student."): x.cpu() for name, x in self.state_dict().items()
                 if not name.startswith("student.norm.")}
 
     def forward(self, images, path_noise=None):
@@ -738,7 +738,7 @@ def save(out, model, stateful, state):
     modules; optimiser, scaler) and of the run (step, log, arguments, ...); and the encoder, and the
     classifier. Then the process ends if a signal to any rank asked for it."""
     if RANK == 0:
-        write(out / "student.pt", model.student.state_dict())
+        write(out / "student.pt", {name: x.cpu() for name, x in model.student.state_dict().items()})
         if isinstance(model, Classifier):
             write(out / "classifier.pt", model.timm_state())
             (out / "classes.txt").write_bytes(os.fsencode("\n".join(state["classes"])))
@@ -776,7 +776,7 @@ def resume(out, model, stateful, args, data):
     new["teacher_weights"] = os.path.basename(args.teacher_weights)  # a file may be moved
     new["images in --data"] = len(data)
     state = dict(step=0, evaluated=0, log=[], classes=data.classes, arguments=new)
-    if not gather(path.exists())[0]:
+    if not gather(RANK == 0 and path.exists())[0]:  # a network disk may remember what was missing
         if (out / "log.jsonl").exists():
             raise UsageError(f"{out} has a log.jsonl but no last.pt; choose another --out")
         if args.init and RANK == 0:
@@ -955,7 +955,7 @@ def demo(args):
         f"teacher {taught:.1f} %")
 
 
-def join_processes():
+def join_processes(backend):
     """Meet the other ranks, if there are any. Raises UsageError if a variable of torchrun's is not
     set."""
     if WORLD == 1 and RANK == 0:
@@ -969,7 +969,7 @@ def join_processes():
             raise UsageError(f"{error}: start with torchrun, or unset RANK, WORLD_SIZE") from error
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its restarts keep the old keys
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
 
 def main(argv=None):
@@ -981,7 +981,7 @@ def main(argv=None):
         if argv is None:  # a notebook keeps its KeyboardInterrupt
             for signum in SIGNALS:
                 signal.signal(signum, on_signal)
-        join_processes()
+        join_processes("nccl" if args.device.type == "cuda" else "gloo")
         untaught = (args.teacher, args.teacher_weights) == ("vit_digits_patch4_32", "pretrained")
         is_demo = untaught and DIGITS(args.data) and args.task == "pretrain" and args.epochs
         (demo if is_demo else train)(args)
