@@ -88,7 +88,7 @@ RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_R
 WORLD, LOCAL_WORLD = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 # on Linux a process may use fewer CPUs than there are
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-LOG_EVERY = 10  # optimiser steps; in between the host waits for the GPU only in a probe
+LOG_EVERY = 10  # optimiser steps; in between the loop never waits for the GPU (a probe's SGD does)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 FREE = {"out", "data", "init", "workers", "device", "compile", "micro_batch", "save_every",
         "eval_every"}  # arguments that may differ when a run is resumed
