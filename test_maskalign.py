@@ -2229,10 +2229,11 @@ def test_demo_trains_teacher_and_student_with_its_flags(demo, monkeypatch):
     assert [re.findall("taught by (.*)", said) for said in ranks] == [[str(teacher)]] * 2
     assert said.count("of 64 = 2 processes x 2 x 16") == 2 and said.count("left aside") == 1
     assert [logged(out / part)[-1] for part in ("teacher", "student")] == [5, 7]
+    names, shown = zip(*re.findall(r"((?:un)?trained student|teacher) (\d+\.\d) %[,\n]", said))
+    assert names == ("untrained student", "trained student") * 2 + ("teacher",)
     assert other.count("\n") < 2
-    args = parse(*argv)
     monkeypatch.setattr(train.Digits, "read", functools.cache(train.Digits.read))
-    _, bank, val = train.open_data(args, args.image_size)
+    _, bank, val = train.open_data(args := parse(*argv), (16, 24))
     student, teacher = (ma.load_teacher(args.student, out / name / "student.pt", 3, (4, 6))
                         for name in ("student", "teacher"))
     torch.manual_seed(args.seed)
@@ -2240,8 +2241,7 @@ def test_demo_trains_teacher_and_student_with_its_flags(demo, monkeypatch):
                 lambda x: teacher(x)[0]]
     expected = [train.mutual_knn(encoder, teacher, bank, args) for encoder in encoders[:2]]
     expected += [train.knn(encoder, bank, val, args) for encoder in encoders]
-    shown = [float(x) for x in re.findall(r"(?:student|teacher) (\d+\.\d) %", said)]
-    assert shown == pytest.approx(expected, abs=0.4)  # votes may be even
+    assert [*map(float, shown)] == pytest.approx(expected, abs=0.4)  # votes may be even
     assert Image.open(out / "student" / "look.png").size == (8 * 26 + 2, 5 * 18 + 2)
 
 
