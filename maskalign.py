@@ -6,7 +6,7 @@ figure, one line per step. Below it: weights from files, teachers by name.
 Symbols   B batch   N patches   V visible patches   D student width   E teacher width   C any width
           S student depth       K aligned teacher levels, the outputs of its last K blocks
           P tokens before the patches: [CLS], registers, or none      d width of an attention head
-Images    RGB [B,3,height,width], uint8 or float in [0,1]; each network normalises for itself.
+Images    RGB [B,3,height,width], uint8 or float in [0,1]; student and Teacher normalise them.
 Tokens    [CLS] comes first: [B,1+N,C] for whole images, [B,1+V,C] for visible patches.
 Levels    of a teacher are a list of K tensors; `levels` as a setting is K itself.
 Masks     are indices `keep` [B,V] of the VISIBLE patches.
@@ -226,8 +226,8 @@ def timm_attn(network):
 class Teacher(nn.Module):
     """A ViT of ours, open_clip's or timm's, frozen, that sees the intact image (3.1). Hooks,
     registered before any compilation, capture the outputs of the last K blocks and the last
-    attention's queries q and keys k. Deviation: where a ViT has no [CLS], its mean patch stands in
-    (levels), its pooling query (q). Raises UsageError as timm_attn does, or if K is too large."""
+    attention's queries q and keys k. Deviation: without a [CLS], the mean patch takes its place in
+    levels, the pooling query in q. Raises UsageError as timm_attn does, or if K is too large."""
 
     def __init__(self, network, levels=5):
         super().__init__()
@@ -315,7 +315,7 @@ def visible_count(patches, ratio):
     share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)
     count = patches * share.numerator // share.denominator
     if count < 1:
-        raise UsageError(f"mask ratio {ratio} is not in [0, 1) or masks all {patches}")
+        raise UsageError(f"mask ratio {ratio} is not in [0,1) or masks all {patches} patches")
     return count
 
 
@@ -357,7 +357,7 @@ def align_loss(pred, target):
 class DynamicAlignment(nn.Module):
     """Mixes S student features for each of K teacher levels by the Dynamic Alignment matrix W,
     `matrix` [K,S], and maps D to E by K linear `adaptors` (3.3). Deviation: only rows and adaptors
-    that the loss reaches exist; each row's 1 starts at matched depth (I's rows at equal depths)."""
+    that the loss reaches exist; each row's 1 starts at matched depth (equal depths: rows of I)."""
 
     def __init__(self, student_depth, student_dim, teacher_depth, teacher_dim, levels):
         super().__init__()
