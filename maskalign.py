@@ -315,7 +315,7 @@ def visible_count(patches, ratio):
     share = 1 - Fraction(str(ratio) if 0 <= ratio < 1 else 1)
     count = patches * share.numerator // share.denominator
     if count < 1:
-        raise UsageError(f"mask ratio {ratio} is not in [0,1) or masks all {patches} patches")
+        raise UsageError(f"mask ratio {ratio} is not in [0, 1) or masks all {patches}")
     return count
 
 
